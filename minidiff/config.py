@@ -1,0 +1,175 @@
+"""Configuration: JSON in, a frozen dataclass to read, JSON out.
+
+Every model and scheduler declares its keys once, as a dataclass derived from `Config`. The type hints say what is
+supported: a key that exists only at one value in real checkpoints is a `Literal` of that value, and any other value is
+an error that names the key. Nothing is ignored in silence: a key that the dataclass doesn't have is an error too,
+unless `inert` lists it with the reason why it changes nothing.
+"""
+
+import inspect
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import nn
+
+
+class ConfigError(ValueError):
+    """A config has a key that isn't known, or a value that isn't supported. The message names file, key and value."""
+
+
+@dataclass(frozen=True, eq=False)
+class Config(Mapping):
+    """Base of all configs: reads by attribute (`config.in_channels`) and as a mapping (`**config`, `config["beta_end"]`).
+
+    `given` are the keys that were named rather than defaulted: only those travel to a class with other defaults.
+    `extra` are keys that another class reads; they are kept, so that swapping a scheduler back restores them.
+    """
+
+    inert: ClassVar[Mapping[str, str]] = {}
+    given: ClassVar[frozenset[str]] = frozenset()
+    extra: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self):
+        for key, hint in _hints(type(self)).items():
+            value = _tuples(getattr(self, key))
+            if not _matches(value, hint):
+                raise ConfigError(f"{key}={value!r} is not supported; supported: {_describe(hint)}")
+            object.__setattr__(self, key, value)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str | None = None) -> Self:
+        """Checks `values` and builds the config. `where` (a file, usually) opens the message of any ConfigError.
+
+        Keys that start with an underscore describe the file rather than the object and are left out.
+        """
+        where = where or cls.__name__
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        known = {field.name for field in fields(cls)}
+        extra = {key: value for key, value in values.items() if key not in known}
+        for key, value in extra.items():
+            if key not in cls.inert:
+                raise ConfigError(f"{where}: unknown key {key}={value!r}; supported keys: {', '.join(sorted(known))}")
+        given = {key: value for key, value in values.items() if key in known}
+        try:
+            config = cls(**given)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        object.__setattr__(config, "given", frozenset(given))
+        object.__setattr__(config, "extra", extra)
+        return config
+
+    def explicit(self) -> dict[str, Any]:
+        """The keys that were named when this config was made, without the defaults."""
+        return {key: value for key, value in self.items() if key in self.given or key in self.extra}
+
+    def require(self, condition: bool, key: str, must: str) -> None:
+        """Raises a ConfigError for `key` unless `condition` holds. For checks that a type hint can't express."""
+        if not condition:
+            raise ConfigError(f"{key}={self[key]!r} is not supported: it must {must}")
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self.extra:
+            return self.extra[key]
+        if key not in (field.name for field in fields(self)):
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __getattr__(self, key: str) -> Any:  # called only for names that aren't fields
+        if key in self.extra:
+            return self.extra[key]
+        raise AttributeError(f"{type(self).__name__} has no key {key!r}")
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (field.name for field in fields(self))
+        yield from self.extra
+
+    def __len__(self) -> int:
+        return len(fields(self)) + len(self.extra)
+
+
+class Configured:
+    """Base of everything with a config. The constructor takes the keys of `Config`, by position or by name."""
+
+    Config: ClassVar[type[Config]]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "Config" in vars(cls):  # so that help() and editors show the keys, with their defaults
+            cls.__signature__ = inspect.signature(cls.Config)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        if len(args) == 1 and not kwargs and isinstance(args[0], self.Config):
+            self.config = args[0]
+        else:
+            self.config = self.Config.read(inspect.signature(self.Config).bind(*args, **kwargs).arguments)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides) -> Self:
+        """Builds from a mapping, or from another object's `.config`, whose defaulted keys are left behind."""
+        values = config.explicit() if isinstance(config, Config) else config
+        return cls(cls.Config.read({**values, **overrides}))
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, subfolder: str | None = None, **options) -> Self:
+        """Loads from a folder or Hub id; `options` are those of `minidiff.loading.load_component`."""
+        from .loading import load_component
+
+        return load_component(cls, path, subfolder=subfolder, **options)
+
+    def save_pretrained(self, folder: str, **options) -> None:
+        """Writes config and weights in the Hub's layout; `options` are those of `minidiff.loading.save_component`."""
+        from .loading import save_component
+
+        save_component(self, folder, **options)
+
+
+class Model(Configured, nn.Module):
+    """A network with a config. It holds weights alone, and lives where and in what dtype its parameters do."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def _hints(cls: type[Config]) -> dict[str, Any]:
+    return {key: hint for key, hint in get_type_hints(cls).items() if get_origin(hint) is not ClassVar}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether `value` is one that the type hint allows. An int passes as float; a bool never passes as a number."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in args)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, option) for option in args)
+    if origin is tuple:  # tuple[x, ...]
+        return isinstance(value, tuple) and all(_matches(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, types.NoneType if hint is None else hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return ", ".join(map(repr, args))
+    if origin in (Union, types.UnionType):
+        return ", ".join(map(_describe, args))
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}"
+    return "null" if hint in (None, types.NoneType) else hint.__name__
