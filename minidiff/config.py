@@ -21,9 +21,13 @@ class ConfigError(ValueError):
     """A config has a key that isn't known, or a value that isn't supported. The message names file, key and value."""
 
 
+class LoadError(OSError, ValueError):
+    """A file of a model folder is missing, damaged or not supported. The message names it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Config(Mapping):
-    """Base of all configs: reads by attribute (`config.in_channels`) and as a mapping (`**config`, `config["beta_end"]`).
+    """Base of all configs: reads by attribute (`config.in_channels`) and as a mapping (`**config`).
 
     `given` are the keys that were named rather than defaulted: only those travel to a class with other defaults.
     `extra` are keys that another class reads; they are kept, so that swapping a scheduler back restores them.

@@ -1,0 +1,14 @@
+"""Names of tensors: what the files on the Hub call them, and what minidiff does. Data, and nothing of torch."""
+
+from .clip import CLIP_TEXT
+from .rules import Table
+from .unet import UNET_2D, UNET_2D_CONDITION
+from .vae import AUTOENCODER_KL
+
+TABLES: dict[str, Table] = {
+    "AutoencoderKL": AUTOENCODER_KL,
+    "CLIPTextModel": CLIP_TEXT,
+    "CLIPTextModelWithProjection": CLIP_TEXT,
+    "UNet2DConditionModel": UNET_2D_CONDITION,
+    "UNet2DModel": UNET_2D,
+}

@@ -1,0 +1,145 @@
+"""CLIP's text encoder (Learning transferable visual models from natural language supervision, 2.4).
+
+Token ids (B, L) become states (B, L, hidden_size), which the UNet reads through cross-attention. A causal transformer:
+each token sees those before it, so that the state at the end-of-text token has seen the whole prompt.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config, Model
+from .unet import Attention
+
+_FILE = "describes the file, not the network"
+_TRAINING = "the first weights of a new model; loading replaces them"
+
+INERT_KEYS = {
+    **dict.fromkeys(("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"), _FILE),
+    **dict.fromkeys(("initializer_factor", "initializer_range"), _TRAINING),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), "the tokenizer holds the ids of these tokens"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CLIPTextConfig(Config):
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512  # of CLIPTextModelWithProjection; CLIPTextModel has no projection
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"  # OpenAI's CLIP has the first, OpenCLIP the second
+    layer_norm_eps: float = 1e-5
+    attention_dropout: Literal[0] = 0.0
+    dropout: Literal[0] = 0.0
+    eos_token_id: int = 49407
+
+    inert = INERT_KEYS
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings"):
+            self.require(self[key] > 0, key, "be positive")
+        self.require(self.num_hidden_layers > 0, "num_hidden_layers", "be positive")
+        heads = self.num_attention_heads
+        self.require(heads > 0 and self.hidden_size % heads == 0, "num_attention_heads", "divide hidden_size")
+
+
+class Layer(nn.Module):
+    def __init__(self, c: CLIPTextConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.attention = Attention(c.hidden_size, c.num_attention_heads, bias=True)
+        self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.quick_gelu = c.hidden_act == "quick_gelu"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask=mask)
+        h = self.fc1(self.norm2(x))
+        return x + self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+
+
+class TextOutput(NamedTuple):
+    """`last_hidden_state` (B, L, hidden_size) after the last norm; `pooler_output` (B, hidden_size), its value at the
+    end of the text; `hidden_states`, if asked for: the embeddings and each layer's output, before the last norm."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class ProjectedTextOutput(NamedTuple):
+    """`text_embeds` (B, projection_dim): the pooled state in the space that texts and pictures share."""
+
+    text_embeds: Tensor
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class CLIPTextModel(Model):
+    Config = CLIPTextConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        c = self.config
+        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        for embedding in (self.token_embedding, self.position_embedding):  # CLIP, 2.4: torch's own default is too wide
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> TextOutput:
+        """`input_ids` (B, L), L up to max_position_embeddings; `attention_mask` (B, L), 0 where a token is hidden.
+
+        Stable Diffusion gives no mask: its UNet was trained on states that see the padding.
+        """
+        c = self.config
+        if input_ids.ndim != 2 or input_ids.shape[1] > c.max_position_embeddings:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; this text encoder takes"
+                f" (batch, length up to {c.max_position_embeddings})"
+            )
+        L = input_ids.shape[1]
+        x = self.token_embedding(input_ids) + self.position_embedding.weight[:L]  # (B, L, hidden_size)
+        mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()  # causal: row i sees columns up to i
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, not that of input_ids")
+            mask = mask & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, mask)
+            states.append(x)
+        x = self.final_layer_norm(x)
+        # Configs from before 2023 say 2, which was never true: there the end of text is the largest id. Where new
+        # tokens were added above it, the config names the right one
+        is_end = input_ids if c.eos_token_id == 2 else (input_ids == c.eos_token_id).int()
+        pooled = x[torch.arange(len(x), device=x.device), is_end.argmax(dim=-1)]
+        return TextOutput(x, pooled, tuple(states) if output_hidden_states else None)
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The text encoder and the linear map into the space that texts and pictures share. XL's second text encoder."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.text_projection = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> ProjectedTextOutput:
+        out = super().forward(input_ids, attention_mask, output_hidden_states)
+        return ProjectedTextOutput(self.text_projection(out.pooler_output), out.last_hidden_state, out.hidden_states)

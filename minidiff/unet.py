@@ -1,0 +1,528 @@
+"""The denoiser: UNet2DModel (DDPM) and UNet2DConditionModel (Stable Diffusion), and every block they are made of.
+
+A UNet predicts the noise in a noisy picture. It goes down (fewer pixels, more channels), through a middle, and up
+again, and each step up also sees what the step down at the same size had made: the skip connections. The timestep
+enters every residual block; the text, where there is one, enters through cross-attention.
+
+Read from top to bottom: small blocks first, the models last. B is the batch, C channels, H and W pixels, L tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config, Model
+
+
+def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Timesteps (B,) as waves of `dim` / 2 frequencies, (B, dim), float32 (Attention is all you need, 3.5).
+
+    Stable Diffusion has cosines first (`flip_sin_to_cos`) and frequencies 10000^(-i / half); the models of the
+    DDPM paper have sines first and, with `freq_shift` 1, frequencies that end exactly at 1 / 10000.
+    """
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t[:, None].float() * exponent.exp()  # (B, half)
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head. q is (B, L, C), k and v are (B, S, C); returns (B, L, C).
+
+    `mask`, which must broadcast to (B, heads, L, S), is true where a query may look.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class TimeMLP(nn.Module):
+    """Turns the waves of `timestep_embedding` into what the residual blocks read."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim_in, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with a shortcut; the timestep is added between them. Without `time_dim` (VAE) it isn't."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_dim: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_proj = nn.Linear(time_dim, c_out) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_in, H, W) -> (B, c_out, H, W)
+        if self.time_proj is not None:
+            h = h + self.time_proj(F.silu(time))[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a strided convolution.
+
+    With `padding` 0 one row and one column are added at the bottom and right only: the VAE and the DDPM paper's
+    models were trained so, and symmetric padding would shift their output by a pixel.
+    """
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Repeat each pixel, then a convolution. Twice the size, or `size`, which may be one pixel less than twice."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        H, W = x.shape[-2:]
+        return self.conv(F.interpolate(x, size=size or (2 * H, 2 * W), mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Tokens (B, L, dim) look at `context` (B, S, context_dim), or at each other where there is no context."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.k = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.v = nn.Linear(context_dim or dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        return self.out(attention(self.q(x), self.k(context), self.v(context), self.heads, mask))
+
+
+class PixelAttention(Attention):
+    """Self-attention over the pixels of a feature map: the DDPM paper's block, which the VAE has too."""
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float):
+        super().__init__(channels, heads, bias=True)
+        self.norm = nn.GroupNorm(groups, channels, eps)
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+        return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)
+
+
+class FeedForward(nn.Module):
+    """GEGLU (GLU variants improve transformer, eq. 5): half of the hidden units gate the other half."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 8 * dim)
+        self.proj_out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(x * F.gelu(gate))  # the exact GELU, with erf
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.self_norm = nn.LayerNorm(dim)
+        self.self_attention = Attention(dim, heads)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.cross_attention = Attention(dim, heads, context_dim)
+        self.ff_norm = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.self_attention(self.self_norm(x))
+        x = x + self.cross_attention(self.cross_norm(x), context)
+        return x + self.ff(self.ff_norm(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over pixels that reads the text (High-resolution image synthesis with latent diffusion, 3.3)."""
+
+    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        # A 1x1 convolution and a linear layer over tokens are the same map: SD 1 has the first, SD 2 and XL the second
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        linear = isinstance(self.proj_in, nn.Linear)
+        h = self.norm(x)
+        h = h if linear else self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+        h = self.proj_in(h) if linear else h
+        for block in self.blocks:
+            h = block(h, context)
+        h = self.proj_out(h) if linear else h
+        h = h.transpose(1, 2).reshape(B, C, H, W)
+        return x + (h if linear else self.proj_out(h))
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: residual blocks, attention after each where the level has it, then half the size."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module], downsample: Downsample | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)  # empty, or one for each resnet
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> list[Tensor]:
+        """Returns every intermediate result, for the skip connections; the last one is the block's output."""
+        outputs = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            outputs.append(x)
+        if self.downsample is not None:
+            outputs.append(self.downsample(x))
+        return outputs
+
+
+class MidBlock(nn.Module):
+    """The middle, where pixels are fewest: residual block, attention, residual block."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](x, time)
+        for attention in self.attentions:
+            x = attention(x, context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: each residual block first takes one skip connection off the stack."""
+
+    def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module], upsample: Upsample | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)  # empty, or one for each resnet
+        self.upsample = upsample
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor | None = None) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), time)  # (B, C + C_skip, H, W) -> (B, C, H, W)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        if self.upsample is not None:
+            x = self.upsample(x, skips[-1].shape[-2:])  # to the skip's size: it may be odd
+        return x
+
+
+class UNetOutput(NamedTuple):
+    """`sample`: what the network predicts, (B, out_channels, H, W)."""
+
+    sample: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class UNetConfig(Config):
+    """The keys that both networks have. Defaults are UNet2DConditionModel's, which are Stable Diffusion 1's.
+
+    A key that real checkpoints hold at one value alone is a Literal of it.
+    """
+
+    sample_size: int | tuple[int, ...] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: Literal[False] = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: Literal[0, 1] = 1
+    mid_block_scale_factor: Literal[1] = 1
+    dropout: Literal[0] = 0.0
+    act_fn: Literal["silu"] = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: Literal["default"] = "default"
+    time_embedding_type: Literal["positional"] = "positional"
+    class_embed_type: Literal[None] = None
+    num_class_embeds: Literal[None] = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        levels = len(self.block_out_channels)
+        for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            self.require(self[key] > 0, key, "be positive")
+        self.require(levels > 0, "block_out_channels", "name at least one level")
+        groups = self.norm_num_groups
+        fits = all(c > 0 and c % 2 == 0 and c % groups == 0 for c in self.block_out_channels)
+        self.require(fits, "block_out_channels", f"hold even multiples of norm_num_groups={groups}")
+        for key in ("down_block_types", "up_block_types"):
+            self.require(len(self[key]) == levels, key, f"name {levels} blocks, one for each of block_out_channels")
+
+    def per_level(self, key: str) -> tuple[int, ...]:
+        """A key that is one number for all levels, or a list with one for each."""
+        levels = len(self.block_out_channels)
+        values = self[key] if isinstance(self[key], tuple) else (self[key],) * levels
+        self.require(len(values) == levels, key, f"have {levels} values, one for each of block_out_channels")
+        self.require(all(n > 0 for n in values), key, "be positive")
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class UNet2DConfig(UNetConfig):
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D"], ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    up_block_types: tuple[Literal["UpBlock2D", "AttnUpBlock2D"], ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    downsample_type: Literal["conv"] = "conv"
+    upsample_type: Literal["conv"] = "conv"
+    attention_head_dim: int | None = 8  # channels of a head; None: one head
+    attn_norm_num_groups: Literal[None] = None
+    add_attention: bool = True  # in the middle
+    mid_block_type: Literal["UNetMidBlock2D"] = "UNetMidBlock2D"
+    num_train_timesteps: int | None = None  # documents the training; the network doesn't read it
+
+    def __post_init__(self):
+        super().__post_init__()
+        width = self.attention_head_dim
+        fits = width is None or (width > 0 and all(c % width == 0 for c in self.block_out_channels))
+        self.require(fits, "attention_head_dim", "divide every one of block_out_channels")
+
+
+@dataclass(frozen=True, eq=False)
+class UNet2DConditionConfig(UNetConfig):
+    down_block_types: tuple[Literal["DownBlock2D", "CrossAttnDownBlock2D"], ...] = UNetConfig.down_block_types
+    up_block_types: tuple[Literal["UpBlock2D", "CrossAttnUpBlock2D"], ...] = UNetConfig.up_block_types
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads: an old misnomer that every checkpoint keeps
+    use_linear_projection: bool = False
+    # SD 2.1 asks for attention in float32. Here, as in the reference, scaled_dot_product_attention is taken all the
+    # same: its softmax runs in float32 inside
+    upcast_attention: bool | None = False
+    addition_embed_type: Literal["text_time", None] = None  # XL: pooled text, sizes and crops join the timestep
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    num_attention_heads: Literal[None] = None
+    reverse_transformer_layers_per_block: Literal[None] = None
+    only_cross_attention: Literal[False] = False
+    mid_block_only_cross_attention: Literal[None, False] = None
+    dual_cross_attention: Literal[False] = False
+    cross_attention_norm: Literal[None] = None
+    attention_type: Literal["default"] = "default"
+    encoder_hid_dim: Literal[None] = None
+    encoder_hid_dim_type: Literal[None] = None
+    addition_embed_type_num_heads: int = 64  # read for an addition_embed_type of "text" alone
+    resnet_skip_time_act: Literal[False] = False
+    resnet_out_scale_factor: Literal[1] = 1.0
+    time_embedding_dim: Literal[None] = None
+    time_embedding_act_fn: Literal[None] = None
+    timestep_post_act: Literal[None] = None
+    time_cond_proj_dim: Literal[None] = None
+    conv_in_kernel: Literal[3] = 3
+    conv_out_kernel: Literal[3] = 3
+    class_embeddings_concat: Literal[False] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.cross_attention_dim > 0, "cross_attention_dim", "be positive")
+        self.per_level("transformer_layers_per_block")
+        heads = self.per_level("attention_head_dim")
+        fits = all(c % n == 0 for c, n in zip(self.block_out_channels, heads, strict=True))
+        self.require(fits, "attention_head_dim", "divide block_out_channels level by level: it is the number of heads")
+        for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+            fits = self.addition_embed_type is None or (self[key] or 0) > 0
+            self.require(fits, key, 'be positive for addition_embed_type="text_time"')
+
+
+class UNet(Model):
+    """What both networks share: the whole path from noisy sample to predicted noise. Subclasses name the attention."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        c = self.config
+        widths, groups, eps = c.block_out_channels, c.norm_num_groups, c.norm_eps
+        time_dim = 4 * widths[0]
+        last = len(widths) - 1
+
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_mlp = TimeMLP(widths[0], time_dim)
+
+        self.down = nn.ModuleList()
+        skips = [widths[0]]  # channels of every skip connection, in the order in which they are made
+        for level, (kind, width) in enumerate(zip(c.down_block_types, widths, strict=True)):
+            resnets, attentions = [], []
+            for i in range(c.layers_per_block):
+                resnets.append(ResnetBlock(width if i else skips[-1], width, groups, eps, time_dim))
+                if "Attn" in kind:
+                    attentions.append(self.make_attention(level))
+                skips.append(width)
+            downsample = Downsample(width, c.downsample_padding) if level < last else None
+            skips += [width] if level < last else []
+            self.down.append(DownBlock(resnets, attentions, downsample))
+
+        resnets = [ResnetBlock(widths[-1], widths[-1], groups, eps, time_dim) for _ in range(2)]
+        attentions = [self.make_attention(last)] if getattr(c, "add_attention", True) else []
+        self.mid = MidBlock(resnets, attentions)
+
+        self.up = nn.ModuleList()
+        c_in = widths[-1]
+        for level, kind in zip(range(last, -1, -1), c.up_block_types, strict=True):
+            resnets, attentions = [], []
+            for _ in range(c.layers_per_block + 1):  # one more than on the way down: for the level's input
+                resnets.append(ResnetBlock(c_in + skips.pop(), widths[level], groups, eps, time_dim))
+                if "Attn" in kind:
+                    attentions.append(self.make_attention(level))
+                c_in = widths[level]
+            self.up.append(UpBlock(resnets, attentions, Upsample(c_in) if level else None))
+
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps)
+        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+
+    def make_attention(self, level: int) -> nn.Module:
+        raise NotImplementedError
+
+    def embed_time(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """(B, time_dim): one timestep for all samples, or one for each."""
+        c = self.config
+        t = torch.as_tensor(timestep, device=sample.device)
+        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(sample))):
+            raise ValueError(f"timestep has shape {tuple(t.shape)}; it must be one number or one for each sample")
+        t = t.reshape(-1).expand(len(sample))
+        waves = timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        return self.time_mlp(waves.to(sample.dtype))  # waves are float32; the network may not be
+
+    def denoise(self, sample: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down:
+            skips += block(skips[-1], time, context)
+        x = self.mid(skips[-1], time, context)
+        for block in self.up:
+            x = block(x, skips, time, context)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def check(self, sample: Tensor) -> None:
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}; this {type(self).__name__} takes"
+                f" (batch, {self.config.in_channels}, height, width)"
+            )
+
+
+class UNet2DModel(UNet):
+    """Predicts the noise in a picture (Denoising diffusion probabilistic models, appendix B)."""
+
+    Config = UNet2DConfig
+
+    def make_attention(self, level: int) -> PixelAttention:
+        c = self.config
+        channels = c.block_out_channels[level]
+        return PixelAttention(channels, channels // (c.attention_head_dim or channels), c.norm_num_groups, c.norm_eps)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: None = None, return_dict: bool = True
+    ) -> UNetOutput | tuple[Tensor]:
+        """`sample` (B, in_channels, H, W) at `timestep`, a number or (B,) -> `.sample` (B, out_channels, H, W).
+
+        H and W must be multiples of 2 ** (levels - 1), for the skip connections to meet. `class_labels` has its
+        place in the reference's signature; no supported checkpoint has classes.
+        """
+        self.check(sample)
+        factor = 2 ** (len(self.down) - 1)
+        if sample.shape[2] % factor or sample.shape[3] % factor:
+            raise ValueError(f"sample has shape {tuple(sample.shape)}; height and width must be multiples of {factor}")
+        if class_labels is not None:
+            raise ValueError("class_labels was given; no supported UNet2DModel is conditioned on classes")
+        out = self.denoise(sample, self.embed_time(sample, timestep))
+        return UNetOutput(out) if return_dict else (out,)
+
+
+class UNet2DConditionModel(UNet):
+    """Predicts the noise in latents, given text states (High-resolution image synthesis with latent diffusion, 3.3).
+
+    SD 1.x, SD 2.x, inpainting (9 input channels: latents, mask, masked picture) and, with `text_time`, SD XL.
+    """
+
+    Config = UNet2DConditionConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        c = self.config
+        if c.addition_embed_type == "text_time":
+            self.added_mlp = TimeMLP(c.projection_class_embeddings_input_dim, 4 * c.block_out_channels[0])
+
+    def make_attention(self, level: int) -> SpatialTransformer:
+        c = self.config
+        heads, depth = (c.per_level(key)[level] for key in ("attention_head_dim", "transformer_layers_per_block"))
+        width, groups = c.block_out_channels[level], c.norm_num_groups
+        return SpatialTransformer(width, heads, depth, c.cross_attention_dim, groups, c.use_linear_projection)
+
+    def embed_added(self, sample: Tensor, added: dict[str, Tensor] | None) -> Tensor:
+        """XL (SDXL, 2.2): the pooled text state, and the six numbers of original size, crop and target size."""
+        c = self.config
+        if not added or {"text_embeds", "time_ids"} - added.keys():
+            raise ValueError("added_cond_kwargs must hold text_embeds (batch, n) and time_ids (batch, 6) for this UNet")
+        waves = timestep_embedding(
+            added["time_ids"].flatten(), c.addition_time_embed_dim, c.flip_sin_to_cos, c.freq_shift
+        ).reshape(len(sample), -1)  # (B * 6, n) -> (B, 6 * n)
+        joined = torch.cat([added["text_embeds"], waves.to(added["text_embeds"].dtype)], dim=-1)
+        if joined.shape[-1] != c.projection_class_embeddings_input_dim:
+            raise ValueError(
+                f"added_cond_kwargs makes {joined.shape[-1]} numbers a sample; this UNet takes"
+                f" {c.projection_class_embeddings_input_dim}"
+            )
+        return self.added_mlp(joined.to(sample.dtype))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        *,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        return_dict: bool = True,
+    ) -> UNetOutput | tuple[Tensor]:
+        """`sample` (B, in_channels, H, W) at `timestep`, a number or (B,), with `encoder_hidden_states`
+        (B, L, cross_attention_dim) -> `.sample` (B, out_channels, H, W), any H and W.
+
+        `added_cond_kwargs` (XL alone): `text_embeds` (B, n) and `time_ids` (B, 6).
+        """
+        self.check(sample)
+        states = encoder_hidden_states
+        if states.ndim != 3 or len(states) != len(sample) or states.shape[-1] != self.config.cross_attention_dim:
+            raise ValueError(
+                f"encoder_hidden_states has shape {tuple(states.shape)}; this UNet takes"
+                f" ({len(sample)}, length, {self.config.cross_attention_dim})"
+            )
+        time = self.embed_time(sample, timestep)
+        if self.config.addition_embed_type == "text_time":
+            time = time + self.embed_added(sample, added_cond_kwargs)
+        out = self.denoise(sample, time, states)
+        return UNetOutput(out) if return_dict else (out,)

@@ -1,0 +1,194 @@
+"""AutoencoderKL: pictures to latents and back (High-resolution image synthesis with latent diffusion models, 3.1).
+
+A picture of 512 x 512 x 3 numbers becomes latents of 64 x 64 x 4, in which the UNet works. Built from the UNet's own
+blocks, without timesteps and without skip connections.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config, Model
+from .noise import Generators, randn_tensor
+from .unet import Downsample, MidBlock, PixelAttention, ResnetBlock, Upsample
+
+EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks have 1e-5
+
+
+class Level(nn.Module):
+    """Residual blocks, then half or twice the size where the level has a `resample`."""
+
+    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, resample: nn.Module | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(c_out if i else c_in, c_out, groups, EPS) for i in range(depth))
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.resample is None else self.resample(x)
+
+
+def middle(channels: int, groups: int, with_attention: bool) -> MidBlock:
+    resnets = [ResnetBlock(channels, channels, groups, EPS) for _ in range(2)]
+    return MidBlock(resnets, [PixelAttention(channels, 1, groups, EPS)] if with_attention else [])
+
+
+class Encoder(nn.Module):
+    """Picture (B, in_channels, H, W) -> mean and log variance of its latents, (B, 2 * latent_channels, h, w)."""
+
+    def __init__(self, c: "AutoencoderConfig"):
+        super().__init__()
+        widths, groups = c.block_out_channels, c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            down = Downsample(width, padding=0) if i < len(widths) - 1 else None
+            self.down.append(Level(widths[max(i - 1, 0)], width, c.layers_per_block, groups, down))
+        self.mid = middle(widths[-1], groups, c.mid_block_add_attention)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent_channels, h, w) -> picture (B, out_channels, H, W)."""
+
+    def __init__(self, c: "AutoencoderConfig"):
+        super().__init__()
+        widths, groups = c.block_out_channels[::-1], c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], groups, c.mid_block_add_attention)
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            up = Upsample(width) if i < len(widths) - 1 else None
+            self.up.append(Level(widths[max(i - 1, 0)], width, c.layers_per_block + 1, groups, up))
+        self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class DiagonalGaussianDistribution:
+    """What the encoder says of a picture: each latent number's mean and variance (Auto-encoding variational Bayes)."""
+
+    def __init__(self, parameters: Tensor):
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    @property
+    def std(self) -> Tensor:
+        return (0.5 * self.logvar).exp()
+
+    @property
+    def var(self) -> Tensor:
+        return self.logvar.exp()
+
+    def sample(self, generator: Generators = None) -> Tensor:
+        return self.mean + self.std * randn_tensor(self.mean.shape, generator, self.mean.device, self.mean.dtype)
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """Divergence from the standard normal, (B,) (Auto-encoding variational Bayes, appendix B)."""
+        return 0.5 * (self.mean**2 + self.var - 1 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class EncoderOutput(NamedTuple):
+    latent_dist: DiagonalGaussianDistribution
+
+
+class DecoderOutput(NamedTuple):
+    sample: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AutoencoderConfig(Config):
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: Literal["silu"] = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, ...] = 32
+    scaling_factor: float = 0.18215  # the pipelines multiply latents by it, so that the UNet sees a variance near 1
+    shift_factor: float | None = None  # and subtract this first
+    latents_mean: Literal[None] = None
+    latents_std: Literal[None] = None
+    force_upcast: bool = True  # read by the XL pipeline: this VAE overflows in float16
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
+            self.require(self[key] > 0, key, "be positive")
+        self.require(self.scaling_factor != 0, "scaling_factor", "not be zero")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        self.require(len(widths) > 0, "block_out_channels", "name at least one level")
+        fits = all(c > 0 and c % groups == 0 for c in widths)
+        self.require(fits, "block_out_channels", f"hold multiples of norm_num_groups={groups}")
+        for key in ("down_block_types", "up_block_types"):
+            self.require(len(self[key]) == len(widths), key, f"name {len(widths)} blocks, as block_out_channels does")
+
+
+class AutoencoderKL(Model):
+    """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
+
+    The latents come as the encoder makes them; pipelines apply `config.scaling_factor` and `config.shift_factor`.
+    """
+
+    Config = AutoencoderConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        c = self.config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        n = c.latent_channels
+        self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if c.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(n, n, 1) if c.use_post_quant_conv else nn.Identity()
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent number spans, in height and in width."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussianDistribution]:
+        """Picture (B, in_channels, H, W) -> `.latent_dist` over (B, latent_channels, H / factor, W / factor)."""
+        self._check(x, "x", self.config.in_channels)
+        if min(x.shape[2:]) < self.factor:
+            raise ValueError(f"x has shape {tuple(x.shape)}; height and width must be at least {self.factor}")
+        posterior = DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        return EncoderOutput(posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, latent_channels, h, w) -> `.sample` (B, out_channels, h * factor, w * factor)."""
+        self._check(z, "z", self.config.latent_channels)
+        picture = self.decoder(self.post_quant_conv(z))
+        return DecoderOutput(picture) if return_dict else (picture,)
+
+    def forward(self, sample: Tensor, sample_posterior: bool = False, generator: Generators = None) -> DecoderOutput:
+        """Through the encoder and back: from a sample of the latents, or from their mode."""
+        posterior = self.encode(sample).latent_dist
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode())
+
+    def _check(self, x: Tensor, name: str, channels: int) -> None:
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; this AutoencoderKL takes (batch, {channels}, h, w)")
