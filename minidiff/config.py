@@ -114,8 +114,16 @@ class Configured:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides) -> Self:
-        """Builds from a mapping, or from another object's `.config`, whose defaulted keys are left behind."""
+        """Builds from a mapping, or from another object's `.config`, whose defaulted keys are left behind.
+
+        `overrides` are the class's own keys. (The reference's configs list their defaulted keys in a private one.)
+        """
+        inspect.signature(cls.Config).bind_partial(**overrides)
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config must be a mapping, but is {config!r}")
+        defaulted = config.get("_use_default_values", ())
         values = config.explicit() if isinstance(config, Config) else config
+        values = {key: value for key, value in values.items() if key not in defaulted}
         return cls(cls.Config.read({**values, **overrides}))
 
     @classmethod
@@ -149,6 +157,7 @@ def _hints(cls: type[Config]) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's and torch's numbers and arrays
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
