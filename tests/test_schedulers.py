@@ -143,7 +143,7 @@ def test_tables_are_equal(name):
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_timesteps_are_equal_for_every_number_of_steps(name, spacing):
-    """Or a clear error, where the reference's timesteps leave its tables: 1000 fails in them, -1 is their last entry."""
+    """Or a clear error, where the reference's timesteps leave its tables: 1000 fails in them, -1 wraps around."""
     errors = 0
     for offset in (0, 1, 5) if spacing == "leading" else (0,):
         mine, reference = pair(name, timestep_spacing=spacing, steps_offset=offset, **DEFAULT.get(name, {}))
@@ -380,8 +380,21 @@ def test_swapping_classes_keeps_what_the_reference_keeps(path):
 
 @pytest.mark.parametrize(
     "other",
-    "DDIM DDPM DEISMultistep DPMSolverMultistep DPMSolverSinglestep EDMEuler EulerAncestralDiscrete EulerDiscrete "
-    "HeunDiscrete LCM PNDM TCD UniPCMultistep".split(),
+    [
+        "DDIM",
+        "DDPM",
+        "DEISMultistep",
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "EDMEuler",
+        "EulerAncestralDiscrete",
+        "EulerDiscrete",
+        "HeunDiscrete",
+        "LCM",
+        "PNDM",
+        "TCD",
+        "UniPCMultistep",
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_every_compatible_scheduler_are_read(name, other):
