@@ -1,0 +1,43 @@
+"""Stable Diffusion in one evening's reading. The public names; each file says what it is about in its first lines."""
+
+from pathlib import Path
+
+from .clip import CLIPTextModel, CLIPTextModelWithProjection
+from .config import ConfigError, LoadError
+from .pipeline import DiffusionPipeline
+from .pipelines import DDIMPipeline, DDPMPipeline, PNDMPipeline, StableDiffusionPipeline
+from .schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from .tokenizer import CLIPTokenizer
+from .unet import UNet2DConditionModel, UNet2DModel
+from .vae import AutoencoderKL
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPTokenizer",
+    "ConfigError",
+    "DDIMPipeline",
+    "DDIMScheduler",
+    "DDPMPipeline",
+    "DDPMScheduler",
+    "DiffusionPipeline",
+    "LoadError",
+    "PNDMPipeline",
+    "PNDMScheduler",
+    "StableDiffusionPipeline",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "bundled",
+]
+
+
+def bundled(name: str) -> Path:
+    """The folder of a trained model that comes with the package: "tiny-emoji" or "tiny-ddpm"."""
+    folders = Path(__file__).parent / "bundled"
+    names = sorted(folder.parent.name for folder in folders.glob("*/model_index.json"))
+    if name not in names:
+        raise ValueError(f"name={name!r} is not bundled; there are: {', '.join(names)}")
+    return folders / name

@@ -123,7 +123,7 @@ class PixelAttention(Attention):
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
-        return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)
+        return super().forward(tokens).transpose(1, 2).reshape(x.shape) + x
 
 
 class FeedForward(nn.Module):

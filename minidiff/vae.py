@@ -127,7 +127,7 @@ class AutoencoderConfig(Config):
     norm_num_groups: int = 32
     sample_size: int | tuple[int, ...] = 32
     scaling_factor: float = 0.18215  # the pipelines multiply latents by it, so that the UNet sees a variance near 1
-    shift_factor: float | None = None  # and subtract this first
+    shift_factor: float | None = None  # no Stable Diffusion 1, 2 or XL has one; their pipelines don't read it
     latents_mean: Literal[None] = None
     latents_std: Literal[None] = None
     force_upcast: bool = True  # read by the XL pipeline: this VAE overflows in float16

@@ -1,0 +1,127 @@
+"""DiffusionPipeline: what all systems of models and a scheduler share. Folders in and out, device and dtype."""
+
+import inspect
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .config import LoadError
+from .loading import Files, check_files, fetch, load_components, read_json, save_components, wanted_by_pipeline
+
+
+class ImageOutput(NamedTuple):
+    """`images`: a list of PIL images, or an array or tensor, as `output_type` says."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class DiffusionPipeline:
+    """Base of the pipelines. A subclass's `__init__` names its components, and hands them to `register_modules`."""
+
+    def register_modules(self, **components: Any) -> None:
+        """Keeps the components as attributes; `components` and `save_pretrained` know them by these names."""
+        self._names = tuple(components)
+        self._progress_bar_config: dict[str, Any] = {}
+        for name, component in components.items():
+            setattr(self, name, component)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All components by name. `OtherPipeline(**pipe.components)` shares them, without a copy."""
+        return {name: getattr(self, name) for name in self._names}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `model_index.json` holds beside the components. Subclasses with settings override this."""
+        return {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **components: Any,
+    ) -> Self:
+        """The pipeline in a folder or Hub repository. `DiffusionPipeline` itself picks the class that the folder names.
+
+        `components` given by name are taken instead of the folder's (`unet=my_unet`, `safety_checker=None`); they
+        aren't read or downloaded. The other arguments are those of `minidiff.loading.load_component`.
+
+        Raises LoadError for a missing or damaged file, ConfigError for a key or value in one that isn't supported,
+        TypeError for the name of a component that the pipeline doesn't have.
+        """
+        files = Files(torch_dtype, variant, use_safetensors)
+        check_files(files)
+
+        def wanted(names: list[str]) -> list[str]:
+            return wanted_by_pipeline(names, files, components)
+
+        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = fetch(pretrained_model_name_or_path, wanted, **hub)
+        index_file = folder / "model_index.json"
+        if cls is DiffusionPipeline:
+            cls = _class_named(read_json(index_file).get("_class_name"), str(index_file))
+        parameters = inspect.signature(cls).parameters
+        if unknown := components.keys() - parameters.keys():
+            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
+        found = load_components(index_file, components, files, expected=tuple(parameters))
+        found |= components
+        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        if missing := [name for name in required if name not in found]:
+            raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
+        return cls(**found)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, variant: str | None = None, safe_serialization: bool = True
+    ) -> None:
+        """Writes a folder that this and the reference's `from_pretrained` load. Other files in it stay.
+
+        The folder holds the whole pipeline afterwards, or, if anything fails on the way, what it held before.
+        """
+        options = {"variant": variant, "safe_serialization": safe_serialization}
+        save_components(self.components, self.settings, type(self).__name__, save_directory, **options)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves and converts the models, as `torch.nn.Module.to`: `to("cuda")`, `to("cuda", torch.float16)`."""
+        for model in self._models():
+            model.to(*args, **kwargs)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next((model.device for model in self._models()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((model.dtype for model in self._models()), torch.float32)
+
+    def _models(self) -> list[nn.Module]:
+        return [component for component in self.components.values() if isinstance(component, nn.Module)]
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Arguments for tqdm: `disable=True` hides the bar."""
+        self._progress_bar_config = kwargs
+
+    def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+
+def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:
+    from . import pipelines  # they import this file
+
+    if name not in pipelines.__all__:
+        raise LoadError(f"{where}: _class_name={name!r} is not supported; supported: {', '.join(pipelines.__all__)}")
+    return getattr(pipelines, name)
