@@ -20,6 +20,7 @@ class UnconditionalPipeline(DiffusionPipeline):
         num_inference_steps: int,
         output_type: str,
         return_dict: bool,
+        /,  # so that step_options may have a generator too
         **step_options: Any,
     ) -> ImageOutput | tuple:
         """Draws noise and denoises it; `step_options` go to the scheduler's `step`."""
