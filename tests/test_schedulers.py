@@ -603,6 +603,10 @@ def test_plms_needs_prk_first():
     sample = torch.zeros(1, 3, 2, 2)
     with pytest.raises(ValueError, match="step_prk"):
         scheduler.step_plms(sample, 900, sample)
+    scheduler = ours.PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="step_prk has 0 stages"):
+        scheduler.step_prk(sample, 900, sample)
 
 
 def test_forward_process_errors():

@@ -77,6 +77,8 @@ class PNDMScheduler(Scheduler):
         """One of the four stages of a Runge-Kutta step, eq. 13: all start from the sample of the first stage."""
         half = self._stride() // 2
         t = self._check_step(model_output, timestep, sample)
+        if self.counter >= len(self.prk_timesteps):
+            raise ValueError(f"step_prk has {len(self.prk_timesteps)} stages to run, and all are done")
         stage = self.counter % 4
         if stage == 0:
             self.start, self.start_sample, self.average = t, sample, 0
