@@ -11,6 +11,7 @@ that files on the Hub have for the same tensors; they are read, never written. `
 
 import re
 from collections.abc import Iterable
+from functools import cached_property
 
 Row = tuple[str, str]
 
@@ -51,10 +52,15 @@ class _Templates:
     """Rewrites names by the one template that fits: templates are found by their shape, with all numbers left out."""
 
     def __init__(self, rows: Iterable[Row]):
-        self._by_shape: dict[str, list[tuple[re.Pattern, str]]] = {}
-        for source, target in rows:
+        self._rows = list(rows)
+
+    @cached_property
+    def _by_shape(self) -> dict[str, list[tuple[re.Pattern, str]]]:
+        found: dict[str, list[tuple[re.Pattern, str]]] = {}
+        for source, target in self._rows:
             pattern = re.compile(re.escape(source).replace(r"\{\}", "([0-9]+)"))
-            self._by_shape.setdefault(_shape_of(source), []).append((pattern, target))
+            found.setdefault(_shape_of(source), []).append((pattern, target))
+        return found
 
     def __call__(self, name: str) -> str | None:
         module, _, parameter = name.rpartition(".")

@@ -1,0 +1,112 @@
+"""python -m minidiff "a red apple on a blue background": text to a picture file, from the command line."""
+
+import argparse
+import json
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+BUNDLED = "tiny-emoji"
+SCHEDULERS = ("ddim", "ddpm", "pndm")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minidiff", description="Draw what a prompt says.")
+    parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
+    parser.add_argument("--model", help=f"a folder or a Hub id (default: {BUNDLED}, which comes with the package)")
+    parser.add_argument("--list", action="store_true", help=f"print what {BUNDLED} knows to draw, and stop")
+    parser.add_argument("--steps", type=int, help="of denoising (default: 20 with the bundled model, else 50)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="how far to follow the prompt (%(default)s)")
+    parser.add_argument("--negative", metavar="PROMPT", help="what the picture should not show")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (%(default)s)")
+    parser.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's)")
+    parser.add_argument("--width", type=int, help="in pixels, a multiple of 8 (default: the model's)")
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures, laid out in a grid (%(default)s)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the one that the model's folder names")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best one here)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda")
+    parser.add_argument("--variant", help='of the weight files, such as "fp16"')
+    parser.add_argument("--scale", type=int, help="enlarge each pixel (default: 4 with the bundled model, else 1)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("minidiff.png"), help="a PNG (%(default)s)")
+    args = parser.parse_args(arguments)
+    if not args.list and args.prompt is None:
+        parser.error("the following arguments are required: prompt")
+    if args.n < 1:
+        parser.error(f"argument -n: {args.n} is less than 1")
+    if args.scale is not None and args.scale < 1:
+        parser.error(f"argument --scale: {args.scale} is less than 1")
+    if args.output.suffix.lower() != ".png" or not args.output.absolute().parent.is_dir():
+        parser.error(f"argument -o: {args.output} must be a .png in a folder that exists")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+
+    import torch  # after the arguments are known to be right: it takes its time
+    from PIL.PngImagePlugin import PngInfo
+
+    import minidiff
+    from minidiff.images import make_grid
+
+    if args.list or args.model is None:
+        known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
+        if args.list:
+            print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
+            return 0
+        warn_of_unknown_words(args.prompt, known["words"])
+
+    device = args.device or next((d for d in ("cuda", "mps") if getattr(torch, d).is_available()), "cpu")
+    dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
+    try:
+        model = minidiff.bundled(BUNDLED) if args.model is None else args.model
+        pipe = minidiff.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant=args.variant)
+        if not isinstance(pipe, minidiff.StableDiffusionPipeline):
+            raise ValueError(f"{args.model}: a {type(pipe).__name__} draws without a prompt; call it from Python")
+        if args.scheduler:
+            scheduler = getattr(minidiff, f"{args.scheduler.upper()}Scheduler")
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        steps = args.steps if args.steps is not None else 20 if args.model is None else 50
+        pipe.to(device)
+        started = time.perf_counter()
+        images = pipe(
+            args.prompt,
+            args.height,
+            args.width,
+            num_inference_steps=steps,
+            guidance_scale=args.guidance,
+            negative_prompt=args.negative,
+            num_images_per_prompt=args.n,
+            generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.n)],
+        ).images
+        seconds = time.perf_counter() - started
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    picture = make_grid(images)
+    scale = args.scale or (4 if args.model is None else 1)
+    picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)  # nearest: pixels stay sharp
+    settings = vars(args) | {"model": args.model or BUNDLED, "steps": steps, "scheduler": type(pipe.scheduler).__name__}
+    chunks = PngInfo()
+    for key in ("prompt", "negative", "model", "scheduler", "steps", "guidance", "seed", "n"):
+        if settings[key] is not None:
+            chunks.add_itxt(key, str(settings[key]))
+    picture.save(args.output, pnginfo=chunks)
+    print(f"{args.output} ({picture.width} x {picture.height}, {seconds / steps:.3f} s a step on {device})")
+    if args.model is None:
+        print(f"Drawn by the bundled {BUNDLED}; a real one: --model stable-diffusion-v1-5/stable-diffusion-v1-5")
+    return 0
+
+
+def warn_of_unknown_words(prompt: str, words: list[str]) -> None:
+    for word in re.findall(r"[^\W_]+", prompt.lower()):
+        if word not in words:
+            warnings.warn(f"{BUNDLED} has never seen the word {word!r}; --list prints what it knows", stacklevel=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
