@@ -92,26 +92,20 @@ def fetch(
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or folder.exists():
         raise LoadError(f"{path}: there is no such folder, and it is no Hub id (as in org/name) either")
 
-    import huggingface_hub  # takes its time, and most folders are local
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, constants, snapshot_download  # takes its time, and most folders are local
 
+    wanted = problem = None
+    if not (local_files_only or constants.HF_HUB_OFFLINE):
+        try:
+            info = HfApi(token=token).model_info(str(path), revision=revision)
+            wanted = names([file.rfilename for file in info.siblings])
+        except Exception as error:  # no network, no such repository, no permission: the cache may have it all the same
+            problem = error
+    where = {"revision": revision, "cache_dir": cache_dir, "token": token}
     try:
-        wanted = None
-        if not (local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE):
-            wanted = names(huggingface_hub.HfApi(token=token).list_repo_files(str(path), revision=revision))
-        snapshot = huggingface_hub.snapshot_download(
-            str(path),
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=wanted,
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise LoadError(
-            f"{path}: there is no such folder here, and the Hub gave no repository of that name: {error}"
-        ) from error
-    return Path(snapshot)
+        return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=wanted is None, **where))
+    except Exception as error:  # requests', the cache's and the disk's: huggingface_hub has no one base for them
+        raise LoadError(f"{path}: no such folder here, and not to be had from the Hub: {problem or error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
