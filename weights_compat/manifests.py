@@ -1,0 +1,143 @@
+"""Manifests: what a real Hub repository holds, without its weights. One file for each, in `manifests/`:
+
+    {"repository": "org/name",
+     "files": {"model_index.json": {...}, "unet/config.json": {...}, ...},       every JSON file, as it stands there
+     "tensors": {"unet": {"conv_in.weight": [320, 4, 3, 3], ...}, ...}}         every tensor: name and shape
+
+Names and shapes are those of the reference's own modules, built from the configs on the meta device, so that they can
+tell whether ours are right. `python -m weights_compat.manifests FOLDER REPOSITORY` writes one from a folder.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FOLDER = Path(__file__).parent / "manifests"
+
+SMALL_WIDTH = 32  # channels of the first level of a narrowed UNet or VAE; the others keep their ratio to it
+
+# Lengths that a narrowed config divides by 32; the sums that real configs obey still hold
+DIVIDED = [
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "cross_attention_dim",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+]
+
+
+class Manifest(NamedTuple):
+    repository: str
+    files: dict[str, dict[str, Any]]  # path -> the JSON object in it
+    tensors: dict[str, dict[str, list[int]]]  # component -> the Hub's name -> shape
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return self.files["model_index.json"]
+
+    def config(self, component: str) -> dict[str, Any]:
+        return self.files[f"{component}/config.json"]
+
+
+def manifest_names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.json"))
+
+
+def read_manifest(name: str) -> Manifest:
+    """The manifest of that name, or of the repository `name`. Raises ValueError, with the names, if there is none."""
+    stem = name.rpartition("/")[2]
+    if stem in manifest_names():
+        manifest = Manifest(**json.loads((FOLDER / f"{stem}.json").read_text(encoding="utf-8")))
+        if name in (stem, manifest.repository):
+            return manifest
+    raise ValueError(f"{name}: there is no such manifest; there are {', '.join(manifest_names())}")
+
+
+def narrow(manifest: Manifest) -> Manifest:
+    """The same structure at a size for tests: every block of every kind, but narrow and, in the text encoders, few."""
+    files = dict(manifest.files)
+    for component in manifest.tensors:
+        files[f"{component}/config.json"] = narrow_config(manifest.config(component))
+    return Manifest(manifest.repository, files, reference_tensors(files))
+
+
+def narrow_config(config: dict[str, Any]) -> dict[str, Any]:
+    small = {key: narrow_config(value) if isinstance(value, dict) else value for key, value in config.items()}
+    small |= {key: small[key] // 32 for key in DIVIDED if small.get(key)}
+    if "num_hidden_layers" in small:  # CLIP
+        small |= {"num_hidden_layers": 3, "num_attention_heads": small["num_attention_heads"] // 4}
+    if "patch_size" in small:  # CLIP's vision encoder
+        small["patch_size"] *= 4
+    if "block_out_channels" in small:  # UNet, VAE
+        widths = small["block_out_channels"]
+        small["block_out_channels"] = [width * SMALL_WIDTH // widths[0] for width in widths]
+        small["norm_num_groups"] = 8
+        small["sample_size"] = 32 if "latent_channels" in small else 2 ** max(3, len(widths) - 1)
+    if isinstance(heads := small.get("attention_head_dim"), list):
+        small["attention_head_dim"] = [2 * n // heads[0] for n in heads]
+    if isinstance(depths := small.get("transformer_layers_per_block"), list):
+        small["transformer_layers_per_block"] = [min(n, 3) for n in depths]
+    return small
+
+
+def reference_tensors(files: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """For each model that `model_index.json` names: its tensors in the reference, under the names that the Hub has."""
+    return {
+        name: _tensors(*spec, files[f"{name}/config.json"])
+        for name, spec in sorted(files["model_index.json"].items())
+        if f"{name}/config.json" in files
+    }
+
+
+def _tensors(library: str, class_name: str, config: dict[str, Any]) -> dict[str, list[int]]:
+    import diffusers
+    import torch
+    import transformers
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    with torch.device("meta"):
+        if class_name == "StableDiffusionSafetyChecker":
+            model = StableDiffusionSafetyChecker(transformers.CLIPConfig(**config))
+        elif library == "transformers":
+            cls = getattr(transformers, class_name)
+            model = cls(cls.config_class(**config))
+        else:
+            model = getattr(diffusers, class_name).from_config(config)
+    return {_hub_name(class_name, name): list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _hub_name(class_name: str, name: str) -> str:
+    """transformers 5 left out a prefix that the files on the Hub have, and that it still reads."""
+    if class_name == "CLIPTextModel":
+        return f"text_model.{name.removeprefix('text_model.')}"
+    if class_name == "StableDiffusionSafetyChecker":
+        return re.sub(r"^vision_model\.(vision_model\.)?", "vision_model.vision_model.", name)
+    return name
+
+
+def write_manifest(folder: Path, repository: str) -> Path:
+    """Reads the JSON files of a Hub folder, its vocabulary left out, and writes the manifest. Returns its path."""
+    paths = [folder / "model_index.json", *sorted(folder.glob("*/*.json"))]
+    chosen = [
+        path for path in paths if path.name not in ("vocab.json", "tokenizer.json") and ".index." not in path.name
+    ]
+    files = {path.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8")) for path in chosen}
+    tensors = ",\n".join(  # one a line
+        f"    {json.dumps(component)}: {{\n"
+        + ",\n".join(f"      {json.dumps(name)}: {json.dumps(shape)}" for name, shape in shapes.items())
+        + "\n    }"
+        for component, shapes in reference_tensors(files).items()
+    )
+    head = json.dumps({"repository": repository, "files": files}, indent=2, ensure_ascii=False).removesuffix("\n}")
+    target = FOLDER / f"{repository.rpartition('/')[2]}.json"
+    target.write_text(f'{head},\n  "tensors": {{\n{tensors}\n  }}\n}}\n', encoding="utf-8")
+    return target
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "model_index.json").exists():
+        sys.exit("usage: python -m weights_compat.manifests FOLDER REPOSITORY")
+    print(write_manifest(Path(sys.argv[1]), sys.argv[2]))
