@@ -1,0 +1,87 @@
+"""Legal configs of every model, small: what the property tests draw from."""
+
+from hypothesis import strategies as st
+
+UNET_BLOCKS = {
+    "UNet2DConditionModel": (("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")),
+    "UNet2DModel": (("AttnDownBlock2D", "DownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")),
+}
+
+
+@st.composite
+def levels(draw):
+    """Widths from fine to coarse, none with groups of one channel: a norm would take the bias before it away."""
+    return tuple(draw(st.lists(st.sampled_from((8, 16)), min_size=1, max_size=3)))
+
+
+@st.composite
+def unet_configs(draw, name):
+    widths = draw(levels())
+    down, up = UNET_BLOCKS[name]
+    config = {
+        "in_channels": draw(st.sampled_from((1, 3, 4, 9))),
+        "out_channels": draw(st.sampled_from((1, 3, 4))),
+        "block_out_channels": widths,
+        "norm_num_groups": 4,
+        "layers_per_block": draw(st.integers(1, 2)),
+        "down_block_types": tuple(draw(st.sampled_from(down)) for _ in widths),
+        "up_block_types": tuple(draw(st.sampled_from(up)) for _ in widths),
+        "flip_sin_to_cos": draw(st.booleans()),
+        "freq_shift": draw(st.integers(0, 1)),
+    }
+    if name == "UNet2DModel":
+        config["attention_head_dim"] = draw(st.sampled_from((None, 4, 8)))
+        config["add_attention"] = draw(st.booleans())
+        config["downsample_padding"] = draw(st.integers(0, 1))
+        return config
+    config["cross_attention_dim"] = draw(st.sampled_from((6, 8)))
+    config["attention_head_dim"] = tuple(draw(st.sampled_from((1, 2, 4))) for _ in widths)
+    config["transformer_layers_per_block"] = tuple(draw(st.integers(1, 2)) for _ in widths)
+    config["use_linear_projection"] = draw(st.booleans())
+    if draw(st.booleans()):  # as in XL: 6 numbers of 2 waves each, and 5 of pooled text
+        config["addition_embed_type"] = "text_time"
+        config["addition_time_embed_dim"] = 2
+        config["projection_class_embeddings_input_dim"] = 6 * 2 + 5
+    return config
+
+
+@st.composite
+def vae_configs(draw):
+    widths = draw(levels())
+    return {
+        "in_channels": draw(st.sampled_from((1, 3))),
+        "out_channels": draw(st.sampled_from((1, 3))),
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "layers_per_block": draw(st.integers(1, 2)),
+        "latent_channels": draw(st.integers(1, 4)),
+        "norm_num_groups": 4,
+        "use_quant_conv": draw(st.booleans()),
+        "use_post_quant_conv": draw(st.booleans()),
+        "mid_block_add_attention": draw(st.booleans()),
+    }
+
+
+@st.composite
+def clip_configs(draw):
+    return {
+        "vocab_size": 40,
+        "hidden_size": draw(st.sampled_from((8, 12))),
+        "intermediate_size": draw(st.integers(1, 20)),
+        "projection_dim": draw(st.integers(1, 9)),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_attention_heads": draw(st.sampled_from((1, 2, 4))),
+        "max_position_embeddings": draw(st.integers(4, 12)),
+        "hidden_act": draw(st.sampled_from(("quick_gelu", "gelu"))),
+        "eos_token_id": 39,
+    }
+
+
+CONFIGS = {
+    "AutoencoderKL": vae_configs(),
+    "CLIPTextModel": clip_configs(),
+    "CLIPTextModelWithProjection": clip_configs(),
+    "UNet2DConditionModel": unet_configs("UNet2DConditionModel"),
+    "UNet2DModel": unet_configs("UNet2DModel"),
+}
