@@ -279,8 +279,7 @@ class CLIPTokenizer:
         config = _read_config(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else it replaces the other two files
             if (special_file := folder / "special_tokens_map.json").exists():
-                for key, token in _read_config(special_file).items():
-                    config[key] = {**token, "special": True} if isinstance(token, dict) else token
+                config |= _read_config(special_file)
             if (added_file := folder / "added_tokens.json").exists():
                 special = {str(_token(key, config[key])) for key in SPECIAL if key in config}
                 added = {**_read_added_tokens(added_file, special), **added}

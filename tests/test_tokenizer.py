@@ -17,6 +17,7 @@ from minidiff.config import ConfigError, LoadError
 from minidiff.tokenizer import CLIPTokenizer, TokenizerConfig
 from weights_compat.clip_vocabulary import clip_vocabulary, write_clip_tokenizer
 
+CONFIG, MAP, VOCAB, MERGES = "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"
 PIECES = [
     *("a", "photo", "of", "Cats", "THE", "don't", "it's", "we'll", "I'VE", "they'Re", "''s", "'", "x's!"),
     *("ﬁ", "ǅ", "İ", "ẞ", "café", "cafe\u0301", "\u0301", "Å", "A\u030a", "ñandú", "Ωmega", "straße"),
@@ -24,7 +25,7 @@ PIECES = [
     *("😀", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "\U0001f1e9\U0001f1ea", "\u200b", "\u2028", "\u00a0", "\u3000"),
     *(" ", "  ", "\t", "\n", "\r\n", "\x00", "\x07", "\x1c", "\x85", ".", ",", "</w>", "a</w>"),
     *("1", "42", "2024", "3.14", "\uff11\uff12", "²", "½", "Ⅷ", "٣", "_", "snake_case", "a-b", "..."),
-    *("!", "!!", "?!", "#tag", "@", "$5", "<", "|>", "<|endoftext|", "endoftext|>", "[pad]"),
+    *("!", "!!", "?!", "#tag", "@", "$5", "<", "|>", "<|endoftext|", "endoftext|>", "[pad]", "[PAD]"),
     *("<|endoftext|>", "<|ENDOFTEXT|>", "<|startoftext|>", "<|StartOfText|>"),
     *("<cat-toy>", "<Cat-Toy>", "<cat-toy>_1", "<SPECIAL>", "<special>"),
 ]
@@ -65,38 +66,33 @@ def write_small(folder: Path) -> None:
     folder.mkdir(parents=True)
     trained.model.save(str(folder))
     config = {"model_max_length": 16, "pad_token": "<|endoftext|>", "tokenizer_class": "CLIPTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    at = {
-        name: root / name
-        for name in ("sd15", "xl2", "sd21", "saved by 5", "xl2 saved by 5", "inversion", "inversion of 4.34")
-    }
-    for name in ("sd15", "inversion", "inversion of 4.34"):
+    names = ("sd15", "xl2", "sd21", "saved by 5", "xl2 saved by 5", "inversion", "inversion of 4.34", "mixed")
+    at = {name: root / name for name in names}
+    for name in ("sd15", "inversion", "inversion of 4.34", "mixed"):
         write_clip_tokenizer(at[name])
     for name in ("xl2", "sd21"):
         write_clip_tokenizer(at[name], pad_token="!")
-    change(at["sd21"], "tokenizer_config.json", pad_token="<|endoftext|>")  # the two files disagree there
+    change(at["sd21"], CONFIG, pad_token="<|endoftext|>")  # the two files disagree there
 
-    change(at["inversion"], "added_tokens.json", **{"<cat-toy>": 49408, "<cat-toy>_1": 49409, "<special>": 49410})
-    change(at["inversion"], "special_tokens_map.json", additional_special_tokens=["<special>"])
+    added = {"<cat-toy>": 49408, "<cat-toy>_1": 49409, "<special>": 49410, "[pad]": 49411}
+    change(at["inversion"], "added_tokens.json", **added)
+    change(at["inversion"], MAP, additional_special_tokens=["<special>"], pad_token="[pad]")
     flags = {"lstrip": True, "normalized": True, "rstrip": True, "single_word": False, "special": False}
-    later = {"49408": {"content": "<cat-toy>", **flags}, "49409": {"content": "[pad]", **flags, "normalized": False}}
+    later = {"49409": {"content": "[pad]", **flags, "normalized": False}, "49408": {"content": "<cat-toy>", **flags}}
     later |= {"49406": {"content": "<|startoftext|>", **flags, "rstrip": False, "special": True}}
-    change(
-        at["inversion of 4.34"],
-        "tokenizer_config.json",
-        added_tokens_decoder=later,
-        pad_token="[pad]",
-        extra_special_tokens={},
-        additional_special_tokens=["<special>"],
-    )
+    keys = {"pad_token": "[pad]", "extra_special_tokens": {}, "additional_special_tokens": ["<special>"]}
+    change(at["inversion of 4.34"], CONFIG, added_tokens_decoder=later, **keys)
+    change(at["mixed"], CONFIG, extra_special_tokens=["<special>"])  # three tokens of one text: the third is dropped
+    change(at["mixed"], MAP, eos_token="<|endoftext|>")
     for name, source in (("saved by 5", "inversion"), ("xl2 saved by 5", "xl2")):
         transformers.CLIPTokenizer.from_pretrained(at[source]).save_pretrained(at[name])
-        assert {file.name for file in at[name].iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+        assert {file.name for file in at[name].iterdir()} == {"tokenizer.json", CONFIG}
     at["small"] = root / "small"
     write_small(at["small"])
     return at
@@ -272,10 +268,10 @@ def test_inert_keys_change_nothing(folders, pairs, tmp_path):
         "clean_up_tokenization_spaces": True,
         "errors": "strict",
     }
-    change(folder, "tokenizer_config.json", **values)
+    change(folder, CONFIG, **values)
     ours = CLIPTokenizer.from_folder(folder)
     for key in ("tokenizer_file", "backend"):  # transformers writes those itself, and never these values
-        change(folder, "tokenizer_config.json", **{key: ...})
+        change(folder, CONFIG, **{key: ...})
     reference = transformers.CLIPTokenizer.from_pretrained(folder)
     for text in PROMPTS:
         assert_same(ours, reference, text)
@@ -322,7 +318,6 @@ def replace(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
 
 
-CONFIG, MAP, VOCAB, MERGES = "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"
 BPE = {"type": "BPE", "vocab": {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2}, "merges": []}
 
 
