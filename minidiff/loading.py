@@ -58,9 +58,9 @@ NEVER_READ = ("safety_checker", "feature_extractor")  # their folders
 
 
 class Files(NamedTuple):
-    """Which of a folder's files to read: the fields are the arguments of the same name of `from_pretrained`."""
+    """Which of a folder's files to read, and as what: the fields are arguments of `from_pretrained`."""
 
-    torch_dtype: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
     variant: str | None = None
     use_safetensors: bool | None = None
 
@@ -134,6 +134,7 @@ def load_component(
     *,
     subfolder: str | None = None,
     torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
     revision: str | None = None,
@@ -143,14 +144,13 @@ def load_component(
 ) -> Any:
     """One model, scheduler or tokenizer, from the folder or Hub repository `path`, or from a `subfolder` of it.
 
-    `torch_dtype`: of the weights; float32 if None, whatever the files hold, as in the reference. `variant`: of the
-    files, such as "fp16". `use_safetensors`: True takes no pickles, False only pickles; None prefers safetensors.
+    `dtype` (`torch_dtype` is its older name): of the weights; float32 if None, whatever the files hold. `variant`: of
+    the files, such as "fp16". `use_safetensors`: True takes no pickles, False only pickles; None prefers safetensors.
     `revision`, `cache_dir`, `token`, `local_files_only` are huggingface_hub's.
 
     Raises LoadError for a missing or damaged file, ConfigError for a key or value that isn't supported.
     """
-    files = Files(torch_dtype, variant, use_safetensors)
-    check_files(files)
+    files = which_files(dtype or torch_dtype, variant, use_safetensors)
     hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     folder = fetch(path, lambda names: _wanted(names, subfolder or "", files), **hub)
     return read_component(cls, folder / (subfolder or ""), files)
@@ -286,7 +286,7 @@ def _read_weights(model: Model, folder: Path, files: Files) -> dict[str, Tensor]
                 )
             if not tensor.is_floating_point():
                 raise LoadError(f"{part}: the tensor {name} is {tensor.dtype}, not a floating-point type")
-            tensors[ours] = tensor.to(files.torch_dtype or torch.float32)  # no copy if it is that already
+            tensors[ours] = tensor.to(files.dtype)  # no copy if it is that already
     if missing := [name for name in shapes if name not in tensors]:
         raise LoadError(f"{file}: {len(missing)} tensors are missing, the first is {table.hub(missing[0])}")
     return tensors
@@ -456,11 +456,14 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_files(files: Files) -> None:
-    dtype = files.torch_dtype
+def which_files(dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None) -> Files:
+    """Checks these arguments of `from_pretrained`. Raises ValueError or TypeError."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"torch_dtype must be a floating-point torch.dtype or None, not {dtype!r}")
-    _check_variant(files.variant)
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, not {dtype!r}")
+    if use_safetensors not in (None, True, False):
+        raise TypeError(f"use_safetensors must be True, False or None, not {use_safetensors!r}")
+    _check_variant(variant)
+    return Files(dtype or torch.float32, variant, use_safetensors)
 
 
 def _check_variant(variant: str | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import LoadError
-from .loading import Files, check_files, fetch, load_components, read_json, save_components, wanted_by_pipeline
+from .loading import fetch, load_components, read_json, save_components, wanted_by_pipeline, which_files
 
 
 class ImageOutput(NamedTuple):
@@ -47,6 +47,7 @@ class DiffusionPipeline:
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
         revision: str | None = None,
@@ -63,8 +64,7 @@ class DiffusionPipeline:
         Raises LoadError for a missing or damaged file, ConfigError for a key or value in one that isn't supported,
         TypeError for the name of a component that the pipeline doesn't have.
         """
-        files = Files(torch_dtype, variant, use_safetensors)
-        check_files(files)
+        files = which_files(dtype or torch_dtype, variant, use_safetensors)
 
         def wanted(names: list[str]) -> list[str]:
             return wanted_by_pipeline(names, files, components)
