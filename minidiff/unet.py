@@ -279,6 +279,8 @@ class UNetConfig(Config):
         groups = self.norm_num_groups
         fits = all(c > 0 and c % 2 == 0 and c % groups == 0 for c in self.block_out_channels)
         self.require(fits, "block_out_channels", f"hold even multiples of norm_num_groups={groups}")
+        waves = self.block_out_channels[0] // 2  # timestep_embedding divides by their number less freq_shift
+        self.require(0 <= self.freq_shift < waves, "freq_shift", f"lie in 0..{waves - 1}")
         for key in ("down_block_types", "up_block_types"):
             self.require(len(self[key]) == levels, key, f"name {levels} blocks, one for each of block_out_channels")
 
@@ -356,8 +358,8 @@ class UNet2DConditionConfig(UNetConfig):
         fits = all(c % n == 0 for c, n in zip(self.block_out_channels, heads, strict=True))
         self.require(fits, "attention_head_dim", "divide block_out_channels level by level: it is the number of heads")
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-            fits = self.addition_embed_type is None or (self[key] or 0) > 0
-            self.require(fits, key, 'be positive for addition_embed_type="text_time"')
+            fits = self.addition_embed_type is None or (self[key] or 0) > 2 * self.freq_shift
+            self.require(fits, key, 'be positive, and over 2 * freq_shift, for addition_embed_type="text_time"')
 
 
 class UNet(Model):
