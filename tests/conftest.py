@@ -4,14 +4,20 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import minidiff as m
 
 torch.set_num_threads(1)
 # Derandomized: the same cases on every machine and on every day. A test may raise or lower the number of examples.
 settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=list(HealthCheck)
+    "ci",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=25,
+    phases=set(Phase) - {Phase.explain},  # which takes minutes where a test has a model in it
+    suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("ci")
 

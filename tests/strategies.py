@@ -38,10 +38,10 @@ def unet_configs(draw, name):
     config["attention_head_dim"] = tuple(draw(st.sampled_from((1, 2, 4))) for _ in widths)
     config["transformer_layers_per_block"] = tuple(draw(st.integers(1, 2)) for _ in widths)
     config["use_linear_projection"] = draw(st.booleans())
-    if draw(st.booleans()):  # as in XL: 6 numbers of 2 waves each, and 5 of pooled text
+    if draw(st.booleans()):  # as in XL: 6 numbers of 4 waves each, and 5 of pooled text
         config["addition_embed_type"] = "text_time"
-        config["addition_time_embed_dim"] = 2
-        config["projection_class_embeddings_input_dim"] = 6 * 2 + 5
+        config["addition_time_embed_dim"] = 4
+        config["projection_class_embeddings_input_dim"] = 6 * 4 + 5
     return config
 
 
