@@ -13,7 +13,12 @@ def check_output_type(output_type: str, supported: tuple[str, ...] = OUTPUT_TYPE
 
 
 def to_output(pictures: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-    """(B, C, H, W) in [-1, 1] -> in [0, 1], "pt": the same shape; "np": (B, H, W, C), float32; "pil": a list."""
+    """(B, C, H, W) in [-1, 1] -> in [0, 1], "pt": the same shape; "np": (B, H, W, C), float32; "pil": a list.
+
+    Raises FloatingPointError for pictures that aren't finite: a VAE can overflow in float16.
+    """
+    if not pictures.isfinite().all():
+        raise FloatingPointError("the pictures aren't finite, though what they were made from is: try torch.float32")
     pictures = (pictures * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return pictures

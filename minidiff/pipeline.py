@@ -119,6 +119,18 @@ class DiffusionPipeline:
         return tqdm(iterable, total=total, **self._progress_bar_config)
 
 
+def check_finite(finite: list[Tensor], timesteps: list[int]) -> None:
+    """Raises FloatingPointError with the first step after which the sample wasn't finite. `finite` holds a bool for
+    each step, where the sample is: they are read here, once, so that no step waits for the device."""
+    flags = torch.stack(finite).tolist()
+    if False in flags:
+        i = flags.index(False)
+        raise FloatingPointError(
+            f"the sample isn't finite after step {i + 1} of {len(flags)} (timestep {timesteps[i]}): a weight or an"
+            " argument is NaN or infinite, or the dtype overflows, which torch.bfloat16 and torch.float32 seldom do"
+        )
+
+
 def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:
     from . import pipelines  # they import this file
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..clip import CLIPTextModel
 from ..images import check_output_type, to_output
 from ..noise import Generators, randn_tensor
-from ..pipeline import DiffusionPipeline
+from ..pipeline import DiffusionPipeline, check_finite
 from ..schedulers import DDIMScheduler
 from ..schedulers.base import Scheduler
 from ..tokenizer import CLIPTokenizer
@@ -133,7 +133,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end: called as f(pipe, i, t, tensors) after each step with the tensors named in
                 `callback_on_step_end_tensor_inputs`; what it returns under these names is taken over.
 
-        Raises ValueError or TypeError, naming the argument, before anything is computed.
+        Raises ValueError or TypeError, naming the argument, before anything is computed; FloatingPointError, naming
+        the step, if the latents don't stay finite.
         """
         sample_size = self.unet.config.sample_size or 64
         default = sample_size if isinstance(sample_size, tuple) else (sample_size, sample_size)
@@ -161,7 +162,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         latents = self._first_latents(shape, generator, latents, prompt_embeds.dtype)
 
         options = {"eta": eta, "generator": generator} if isinstance(self.scheduler, DDIMScheduler) else {}
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps.tolist())):
+        timesteps, finite = self.scheduler.timesteps.tolist(), []
+        for i, t in enumerate(self.progress_bar(timesteps)):
             twice = torch.cat([latents] * 2) if guided else latents
             eps = self.unet(self.scheduler.scale_model_input(twice, t), t, states).sample
             if guided:
@@ -172,6 +174,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 named = {name: now[name] for name in callback_on_step_end_tensor_inputs}
                 changed = callback_on_step_end(self, i, t, named) or {}
                 latents, states = changed.get("latents", latents), changed.get("prompt_embeds", states)
+            finite.append(latents.isfinite().all())
+        check_finite(finite, timesteps)
 
         if output_type == "latent":
             images = latents

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..images import check_output_type, to_output
 from ..noise import Generators, randn_tensor
-from ..pipeline import DiffusionPipeline, ImageOutput
+from ..pipeline import DiffusionPipeline, ImageOutput, check_finite
 from ..schedulers.base import Scheduler
 from ..unet import UNet2DModel
 
@@ -33,8 +33,11 @@ class UnconditionalPipeline(DiffusionPipeline):
         size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
         self.scheduler.set_timesteps(num_inference_steps)
         sample = randn_tensor((batch_size, config.in_channels, *size), generator, self.device, self.unet.dtype)
-        for t in self.progress_bar(self.scheduler.timesteps.tolist()):
+        timesteps, finite = self.scheduler.timesteps.tolist(), []
+        for t in self.progress_bar(timesteps):
             eps = self.unet(sample, t).sample
             sample = self.scheduler.step(eps, t, sample, **step_options).prev_sample
+            finite.append(sample.isfinite().all())
+        check_finite(finite, timesteps)
         output = ImageOutput(to_output(sample, output_type))
         return output if return_dict else tuple(output)
