@@ -1,5 +1,6 @@
 """The data of the tiny models: 160 emoji on 10 background colours, the words for them, and which pairs are held out."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ NO_ARTICLE = {  # plurals and what can't be counted
 CELL, COLUMNS = 64, 16
 
 
+@functools.cache
 def renders(size: int = 64) -> torch.Tensor:
     """Every emoji on every colour: uint8 (160, 10, 3, size, size)."""
     sheet = Image.open(FOLDER / "sprites.png")
@@ -55,7 +57,8 @@ def pairs(mask: torch.Tensor) -> list[tuple[str, str]]:
 
 
 def grid(pictures: torch.Tensor, columns: int = 8) -> Image.Image:
-    """One picture of many: float (B, 3, H, W) in [0, 1], `columns` a row."""
+    """One picture of many: float (B, 3, H, W) in [0, 1], `columns` a row; an incomplete row is left out."""
+    columns = min(columns, len(pictures))
     rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns) if len(row) == columns]
     sheet = torch.cat(rows, dim=1).clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(sheet.permute(1, 2, 0).numpy())

@@ -29,6 +29,7 @@ from minidiff import (
 )
 
 BUNDLED = Path(__file__).parents[1] / "minidiff/bundled"
+SHOWN = 32  # pictures in the grids that show progress
 
 
 class Muon(torch.optim.Optimizer):
@@ -54,12 +55,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix, roughly: five Newton-Schulz steps, with the quintic of Jordan et al."""
+    """The nearest orthogonal matrix, roughly: five Newton-Schulz steps, with the quintic of Jordan et al.
+
+    A step is x <- q(x x^T) x. All q's are made from the first x x^T alone, which is smaller than x.
+    """
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
+    square = x @ x.T
+    identity = product = torch.eye(len(x))
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        q = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        square, product = q @ square @ q, q @ product
+    x = product @ x
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
@@ -142,11 +149,30 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
         return F.mse_loss(vae.decode(posterior.sample()).sample, x) + 1e-6 * posterior.kl().mean()
 
     def show() -> Tensor:
-        unseen = sprites.renders()[sprites.held_out()][:64] / 127.5 - 1
+        unseen = sprites.renders()[sprites.held_out()][:SHOWN] / 127.5 - 1
         return vae.decode(vae.encode(unseen).latent_dist.mode()).sample / 2 + 0.5
 
     train(vae, loss, show, steps, 6e-3, folder)
     return vae
+
+
+def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> None:
+    """The decoder once more, alone, on the latents' means: what the UNet learns to make has none of their noise."""
+    pictures, latents = sprites.renders()[~sprites.held_out()], encode(vae, ~sprites.held_out())
+    unseen, decoder = encode(vae, sprites.held_out())[:SHOWN], nn.ModuleList([vae.post_quant_conv, vae.decoder])
+
+    def loss() -> Tensor:
+        picture = torch.randint(len(pictures), (batch,))
+        return F.mse_loss(vae.decode(latents[picture]).sample, pictures[picture] / 127.5 - 1)
+
+    train(decoder, loss, lambda: vae.decode(unseen).sample / 2 + 0.5, steps, 3e-3, folder)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, mask: Tensor) -> Tensor:
+    """The latents (B, 16, 8, 8) of the renders of the pairs in `mask`."""
+    batches = (sprites.renders()[mask] / 127.5 - 1).split(64)
+    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
 
 
 def train_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -205,8 +231,7 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
 
     # The VAE is finished: every picture's latents, and every prompt's tokens, are computed once
     shown = ~sprites.held_out()
-    with torch.no_grad():
-        latents = vae.encode(sprites.renders()[shown] / 127.5 - 1).latent_dist.mode()
+    latents = encode(vae, shown)
     scaling_factor = 1 / latents.std().item()
     latents *= scaling_factor
     prompts = [sprites.prompts(name, colour) for name in sprites.NAMES for colour in sprites.COLOURS]
@@ -229,7 +254,9 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     vae.config = vae.Config.read({**vae.config, "scaling_factor": scaling_factor})
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    wanted = [sprites.prompts(name, colour)[0] for name, colour in sprites.pairs(sprites.held_out())[::5]]
+    wanted = [
+        sprites.prompts(name, colour)[0] for name, colour in sprites.pairs(sprites.held_out())[:: 160 // SHOWN][:SHOWN]
+    ]
 
     def show() -> Tensor:
         return pipe(wanted, num_inference_steps=20, generator=torch.Generator().manual_seed(0), output_type="pt").images
@@ -246,10 +273,10 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         out_channels=3,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 128),
+        block_out_channels=(16, 48, 128),
         layers_per_block=1,
-        attention_head_dim=32,
-        norm_num_groups=8,
+        attention_head_dim=16,
+        norm_num_groups=4,
     )
     scheduler = DDPMScheduler()
     pipe = DDPMPipeline(unet, scheduler)
@@ -264,10 +291,8 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     def show() -> Tensor:
         faster = DDIMPipeline(unet, DDIMScheduler.from_config(scheduler.config))
         faster.set_progress_bar_config(disable=True)
-        pictures = faster(
-            batch_size=64, num_inference_steps=50, generator=torch.Generator().manual_seed(0), output_type="np"
-        ).images
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        generator = torch.Generator().manual_seed(0)
+        return faster(batch_size=SHOWN, num_inference_steps=50, generator=generator, output_type="pt").images
 
     train(unet, loss, show, steps, 3e-3, folder, ema=0.998)
     return pipe
@@ -276,18 +301,19 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=["tiny-emoji", "tiny-ddpm"])
-    parser.add_argument("--steps", type=int, nargs="+", help="of the VAE and of the UNet, or of the one UNet")
+    parser.add_argument("--steps", type=int, nargs="+", help="of VAE, decoder and UNet, or of tiny-ddpm's one UNet")
     parser.add_argument("--batch", type=int, nargs="+", help="pictures a step, likewise")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where logs and checkpoints lie")
     parser.add_argument("--out", type=Path, help="folder for the trained model (default: minidiff/bundled/MODEL)")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.model == "tiny-emoji":
-        (vae_steps, unet_steps), (vae_batch, unet_batch) = options.steps or (1000, 2000), options.batch or (16, 64)
-        vae = train_vae(vae_steps, vae_batch, options.runs / "tiny-emoji-vae")
-        pipe = train_unet(vae, unet_steps, unet_batch, options.runs / "tiny-emoji-unet")
+        steps, batch = options.steps or (1200, 800, 1500), options.batch or (16, 16, 64)
+        vae = train_vae(steps[0], batch[0], options.runs / "tiny-emoji-vae")
+        train_decoder(vae, steps[1], batch[1], options.runs / "tiny-emoji-decoder")
+        pipe = train_unet(vae, steps[2], batch[2], options.runs / "tiny-emoji-unet")
     else:
-        (steps,), (batch,) = options.steps or (1000,), options.batch or (32,)
+        (steps,), (batch,) = options.steps or (1500,), options.batch or (16,)
         pipe = train_ddpm(steps, batch, options.runs / "tiny-ddpm")
     pipe.to(torch.float16).save_pretrained(options.out or BUNDLED / options.model)
 
