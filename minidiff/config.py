@@ -7,10 +7,12 @@ unless `inert` lists it with the reason why it changes nothing.
 """
 
 import inspect
+import json
 import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -23,6 +25,28 @@ class ConfigError(ValueError):
 
 class LoadError(OSError, ValueError):
     """A file of a model folder is missing, damaged or not supported. The message names it."""
+
+
+MAX_JSON_BYTES = 8 * 2**20  # the largest of real models is a tokenizer of 3 MB
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises LoadError, with the file's name, if it is anything else."""
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise LoadError(f"{file}: larger than {MAX_JSON_BYTES} bytes, which no real config is")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except LoadError:
+        raise
+    except FileNotFoundError:
+        raise LoadError(f"{file}: no such file") from None
+    except OSError as error:
+        raise LoadError(f"{file}: can't be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
+        raise LoadError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise LoadError(f"{file}: must hold an object, not {type(value).__name__}")
+    return value
 
 
 @dataclass(frozen=True, eq=False)

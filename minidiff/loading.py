@@ -30,14 +30,13 @@ from torch import Tensor
 from weights_compat import TABLES
 
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
-from .config import LoadError, Model
+from .config import LoadError, Model, read_json
 from .schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from .tokenizer import CLIPTokenizer
 from .unet import UNet2DConditionModel, UNet2DModel
 from .vae import AutoencoderKL
 
 FORMAT_VERSION = "0.42.0"  # of diffusers, whose folder layout this is
-MAX_JSON_BYTES = 8 * 2**20  # no index of a real model comes near
 
 CLASSES: dict[str, type] = {
     "AutoencoderKL": AutoencoderKL,
@@ -87,9 +86,10 @@ def fetch(
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"pretrained_model_name_or_path must be a folder or a Hub id, not {type(path).__name__}")
     folder = Path(path)
-    if folder.is_dir() or _displaced(folder).is_dir():
-        return folder if folder.is_dir() else _displaced(folder)  # a save was cut off between its two renames
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or folder.exists():
+    for place in (folder, _displaced(folder)):  # the latter if a save was cut off between its two renames
+        if os.path.isdir(place):  # which says False, unlike Path, where a name is too long
+            return place
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or os.path.exists(folder):
         raise LoadError(f"{path}: there is no such folder, and it is no Hub id (as in org/name) either")
 
     from huggingface_hub import HfApi, constants, snapshot_download  # takes its time, and most folders are local
@@ -106,23 +106,6 @@ def fetch(
         return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=wanted is None, **where))
     except Exception as error:  # requests', the cache's and the disk's: huggingface_hub has no one base for them
         raise LoadError(f"{path}: no such folder here, and not to be had from the Hub: {problem or error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises LoadError, with the file's name, if it is anything else."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise LoadError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no real config is")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
-        if isinstance(error, LoadError):
-            raise
-        raise LoadError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise LoadError(f"{path}: must hold an object, not {type(value).__name__}")
-    return value
 
 
 # Components
@@ -309,7 +292,7 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 yield name, tensors.get_tensor(name)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise LoadError(f"{file}: not a whole safetensors file: {error}") from None
 
 
@@ -317,7 +300,8 @@ def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:  # weights_only: no code in the file is run. Only torch's present format, a zip, can be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # pickle, zip and torch each have their own, and any byte of the file can be wrong
-        raise LoadError(f"{file}: can't be read as a file of weights alone: {str(error).splitlines()[0]}") from None
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LoadError(f"{file}: can't be read as a file of weights alone: {problem}") from None
     if not isinstance(tensors, dict):
         raise LoadError(f"{file}: must hold a dictionary of tensors, not {type(tensors).__name__}")
     for name, tensor in tensors.items():

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import LoadError
-from .loading import fetch, load_components, read_json, save_components, wanted_by_pipeline, which_files
+from .config import LoadError, read_json
+from .loading import fetch, load_components, save_components, wanted_by_pipeline, which_files
 
 
 class ImageOutput(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from .config import Config, ConfigError, LoadError
+from .config import Config, ConfigError, LoadError, read_json
 
 # A word: a special token, the end of a contraction, letters, ONE digit, or a run of other signs.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -275,7 +275,7 @@ class CLIPTokenizer:
             file = folder / "vocab.json"
             lines = _read_text(folder / "merges.txt").removesuffix("\n").split("\n")
             merges = _pairs(folder / "merges.txt", [line for line in lines if not line.startswith("#version")])
-            vocab, added = _read_json(file), {}
+            vocab, added = read_json(file), {}
         config = _read_config(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else it replaces the other two files
             if (special_file := folder / "special_tokens_map.json").exists():
@@ -315,24 +315,14 @@ def _read_text(file: Path) -> str:
         raise LoadError(f"{file} can't be read: {error}") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_read_text(file))
-    except json.JSONDecodeError as error:
-        raise LoadError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise LoadError(f"{file} must hold a JSON object")
-    return values
-
-
 def _read_config(file: Path) -> dict[str, Any]:
-    values = _read_json(file)
+    values = read_json(file)
     TokenizerConfig.read(values, where=str(file))
     return values
 
 
 def _read_added_tokens(file: Path, special: set[str]) -> dict[int, dict]:
-    values = _read_json(file)
+    values = read_json(file)
     if not all(type(index) is int and index >= 0 for index in values.values()):
         raise LoadError(f"{file} must map tokens to ids")
     return {
@@ -343,7 +333,7 @@ def _read_added_tokens(file: Path, special: set[str]) -> dict[int, dict]:
 
 def _read_tokenizer(file: Path) -> tuple[dict[str, int], list[tuple[str, str]], dict[int, dict]]:
     """Vocabulary, merges and added tokens. The rest of the file is the same for all of CLIP's."""
-    values = _read_json(file)
+    values = read_json(file)
     try:
         vocab, merges = dict(values["model"]["vocab"]), list(values["model"]["merges"])
         added = {token["id"]: token for token in values["added_tokens"]}
