@@ -408,7 +408,7 @@ def replacing(folder: Path, own: Callable[[Path], set[str]]) -> Iterator[Path]:
 
 def _displaced(folder: Path) -> Path:
     """Where the old folder lies in the instant in which a save puts the new one in its place."""
-    return folder.absolute().with_name(f".{folder.absolute().name}.replaced")
+    return folder.absolute().parent / f".{folder.absolute().name}.replaced"
 
 
 def _own(folder: Path, variant: str | None) -> set[str]:

@@ -80,7 +80,7 @@ class DiffusionPipeline:
         found = load_components(index_file, components, files, expected=tuple(parameters))
         found |= components
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-        if missing := [name for name in required if name not in found]:
+        if missing := [name for name in required if found.get(name) is None]:
             raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
         return cls(**found)
 
