@@ -51,6 +51,12 @@ CLASSES: dict[str, type] = {
     "UNet2DModel": UNet2DModel,
 }
 
+# Every file that is read in a component's folder, beside its weights. A save ends these, and no other
+SMALL_FILES = """
+    config.json scheduler_config.json tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
+    added_tokens.json
+""".split()
+
 # Parts of real folders that a picture doesn't depend on and that aren't written yet
 LEFT_OUT = ("StableDiffusionSafetyChecker", "CLIPFeatureExtractor", "CLIPImageProcessor")
 NEVER_READ = ("safety_checker", "feature_extractor")  # their folders
@@ -70,6 +76,7 @@ class Files(NamedTuple):
 def fetch(
     path: str | os.PathLike,
     names: Callable[[list[str]], list[str]],
+    first: str,
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
@@ -79,7 +86,7 @@ def fetch(
     """The folder `path`, or the local copy of the Hub repository `path`, downloaded if need be.
 
     `names` picks, out of all the files of a repository, those that will be read: only they are downloaded.
-    Offline (`local_files_only` or HF_HUB_OFFLINE=1) the copy in the cache is taken as it is.
+    Offline (`local_files_only` or HF_HUB_OFFLINE=1) the copy in the cache is taken as it is, if it has `first`.
 
     Raises LoadError if there is no such folder and no such repository, TypeError if `path` isn't a path.
     """
@@ -89,21 +96,21 @@ def fetch(
     for place in (folder, _displaced(folder)):  # the latter if a save was cut off between its two renames
         if os.path.isdir(place):  # which says False, unlike Path, where a name is too long
             return place
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or os.path.exists(folder):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or os.path.exists(folder):
         raise LoadError(f"{path}: there is no such folder, and it is no Hub id (as in org/name) either")
 
     from huggingface_hub import HfApi, constants, snapshot_download  # takes its time, and most folders are local
 
-    wanted = problem = None
-    if not (local_files_only or constants.HF_HUB_OFFLINE):
+    wanted, problem, offline = [first], None, local_files_only or constants.HF_HUB_OFFLINE
+    if not offline:
         try:
             info = HfApi(token=token).model_info(str(path), revision=revision)
             wanted = names([file.rfilename for file in info.siblings])
         except Exception as error:  # no network, no such repository, no permission: the cache may have it all the same
-            problem = error
+            problem, offline = error, True
     where = {"revision": revision, "cache_dir": cache_dir, "token": token}
     try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=wanted is None, **where))
+        return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=offline, **where))
     except Exception as error:  # requests', the cache's and the disk's: huggingface_hub has no one base for them
         raise LoadError(f"{path}: no such folder here, and not to be had from the Hub: {problem or error}") from error
 
@@ -135,7 +142,8 @@ def load_component(
     """
     files = which_files(dtype or torch_dtype, variant, use_safetensors)
     hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    folder = fetch(path, lambda names: _wanted(names, subfolder or "", files), **hub)
+    first = f"{subfolder}/*config.json" if subfolder else "*config.json"
+    folder = fetch(path, lambda names: _wanted(names, subfolder or "", files), first, **hub)
     return read_component(cls, folder / (subfolder or ""), files)
 
 
@@ -158,11 +166,11 @@ def read_component(cls: type, folder: Path, files: Files) -> Any:
 
 
 def load_components(
-    index_file: Path, given: Mapping[str, Any], files: Files, expected: tuple[str, ...]
+    index_file: Path, given: Mapping[str, Any], files: Files, expected: tuple[str, ...], settings: tuple[str, ...]
 ) -> dict[str, Any]:
-    """All components and settings that `model_index.json` names, except those `given`, which aren't read.
+    """What `model_index.json` names: components, and `settings`, which stand there as they are.
 
-    Raises LoadError for a name that isn't `expected`.
+    Those `given` aren't read. Raises LoadError for a name that isn't `expected`, and for an unknown class.
     """
     components, left_out = {}, []
     to_read = {}
@@ -171,11 +179,13 @@ def load_components(
             continue
         if name not in expected:
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
-        if not isinstance(spec, list):
+        if name in settings:
+            if not isinstance(spec, bool | None):
+                raise LoadError(f"{index_file}: {name}={spec!r} must be true or false")
             components[name] = spec
         elif spec == [None, None]:
             components[name] = None
-        elif len(spec) != 2 or not all(isinstance(part, str) for part in spec):
+        elif not isinstance(spec, list) or len(spec) != 2 or not all(isinstance(part, str) for part in spec):
             raise LoadError(f"{index_file}: {name}={spec!r} must be [library, class] or [null, null]")
         elif spec[1] in LEFT_OUT:
             components[name] = None
@@ -222,7 +232,7 @@ def _weights(folder: Path, files: Files) -> Path | None:
 def _wanted(names: list[str], folder: str, files: Files) -> list[str]:
     """Of all files of a repository, those that loading the component in `folder` will read."""
     inside = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == (folder or ".")]
-    wanted = [file for file in inside if file.suffix in (".json", ".txt") and ".index." not in file.name]
+    wanted = [file for file in inside if file.name in SMALL_FILES]
     here = {file.name: file for file in inside}
     chosen = next((name for name in _candidates(files) if name in here), None)
     if chosen is None and files.variant:
@@ -317,7 +327,7 @@ def save_component(
     component: Any, folder: str | os.PathLike, *, variant: str | None = None, safe_serialization: bool = True
 ) -> None:
     """Writes one model, scheduler or tokenizer to `folder`, which afterwards holds all of it or is as it was."""
-    _check_save(variant, safe_serialization)
+    _check_save(folder, variant, safe_serialization)
     with replacing(Path(folder), lambda old: _own(old, variant)) as new:
         write_component(component, new, variant)
 
@@ -332,7 +342,7 @@ def save_components(
     safe_serialization: bool = True,
 ) -> None:
     """Writes a pipeline's folder, which afterwards holds all of it or is as it was. Other files in it stay."""
-    _check_save(variant, safe_serialization)
+    _check_save(folder, variant, safe_serialization)
     index = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION}
     for name, component in components.items():
         if component is not None and type(component) not in CLASSES.values():
@@ -370,7 +380,11 @@ def write_component(component: Any, folder: Path, variant: str | None) -> None:
     table = TABLES[type(component).__name__]
     tensors = {table.hub(name): tensor.detach().contiguous() for name, tensor in component.state_dict().items()}
     dot = f".{variant}" if variant else ""
-    save_file(tensors, folder / f"{stem}{dot}.safetensors", metadata={"format": "pt"})
+    file = folder / f"{stem}{dot}.safetensors"
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: can't be written: {error}") from None
 
 
 @contextmanager
@@ -455,7 +469,9 @@ def _check_variant(variant: str | None) -> None:
         raise ValueError(f'variant must be a word such as "fp16", not {variant!r}')
 
 
-def _check_save(variant: str | None, safe_serialization: bool) -> None:
+def _check_save(folder: str | os.PathLike, variant: str | None, safe_serialization: bool) -> None:
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"save_directory must be a folder, not {folder!r}")
     _check_variant(variant)
     if safe_serialization is not True:
         raise ValueError("safe_serialization must be True: minidiff reads pickles, and writes none")

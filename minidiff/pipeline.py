@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,12 @@ class ImageOutput(NamedTuple):
 
 
 class DiffusionPipeline:
-    """Base of the pipelines. A subclass's `__init__` names its components, and hands them to `register_modules`."""
+    """Base of the pipelines. A subclass's `__init__` names its components, and hands them to `register_modules`.
+
+    `setting_names` are the arguments of `__init__`, kept as attributes, that are no components: flags, numbers.
+    """
+
+    setting_names: ClassVar[tuple[str, ...]] = ()
 
     def register_modules(self, **components: Any) -> None:
         """Keeps the components as attributes; `components` and `save_pretrained` know them by these names."""
@@ -35,11 +40,6 @@ class DiffusionPipeline:
     def components(self) -> dict[str, Any]:
         """All components by name. `OtherPipeline(**pipe.components)` shares them, without a copy."""
         return {name: getattr(self, name) for name in self._names}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What `model_index.json` holds beside the components. Subclasses with settings override this."""
-        return {}
 
     @classmethod
     def from_pretrained(
@@ -70,14 +70,14 @@ class DiffusionPipeline:
             return wanted_by_pipeline(names, files, components)
 
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        folder = fetch(pretrained_model_name_or_path, wanted, **hub)
+        folder = fetch(pretrained_model_name_or_path, wanted, "model_index.json", **hub)
         index_file = folder / "model_index.json"
         if cls is DiffusionPipeline:
             cls = _class_named(read_json(index_file).get("_class_name"), str(index_file))
         parameters = inspect.signature(cls).parameters
         if unknown := components.keys() - parameters.keys():
             raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
-        found = load_components(index_file, components, files, expected=tuple(parameters))
+        found = load_components(index_file, components, files, tuple(parameters), cls.setting_names)
         found |= components
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
         if missing := [name for name in required if found.get(name) is None]:
@@ -92,7 +92,8 @@ class DiffusionPipeline:
         The folder holds the whole pipeline afterwards, or, if anything fails on the way, what it held before.
         """
         options = {"variant": variant, "safe_serialization": safe_serialization}
-        save_components(self.components, self.settings, type(self).__name__, save_directory, **options)
+        settings = {name: getattr(self, name) for name in self.setting_names}
+        save_components(self.components, settings, type(self).__name__, save_directory, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves and converts the models, as `torch.nn.Module.to`: `to("cuda")`, `to("cuda", torch.float16)`."""

@@ -3,9 +3,10 @@
 prompt -> token ids -> text states -> for each timestep: predicted noise, guided, one scheduler step -> VAE -> picture
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from ..clip import CLIPTextModel
 from ..images import check_output_type, to_output
 from ..noise import Generators, randn_tensor
 from ..pipeline import DiffusionPipeline, check_finite
-from ..schedulers import DDIMScheduler
 from ..schedulers.base import Scheduler
 from ..tokenizer import CLIPTokenizer
 from ..unet import UNet2DConditionModel
@@ -47,6 +47,8 @@ def guide(uncond: Tensor, text: Tensor, guidance_scale: float, guidance_rescale:
 
 class StableDiffusionPipeline(DiffusionPipeline):
     """SD 1.x and 2.x. `scheduler` can be any of minidiff's, and be swapped between calls."""
+
+    setting_names = ("requires_safety_checker",)
 
     def __init__(
         self,
@@ -88,10 +90,6 @@ class StableDiffusionPipeline(DiffusionPipeline):
             image_encoder=image_encoder,
         )
         self.requires_safety_checker = requires_safety_checker
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"requires_safety_checker": self.requires_safety_checker}
 
     @torch.no_grad()
     def __call__(
@@ -161,7 +159,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         shape = (len(prompt_embeds), self.unet.config.in_channels, height // self.vae.factor, width // self.vae.factor)
         latents = self._first_latents(shape, generator, latents, prompt_embeds.dtype)
 
-        options = {"eta": eta, "generator": generator} if isinstance(self.scheduler, DDIMScheduler) else {}
+        takes = inspect.signature(self.scheduler.step).parameters  # DDIM's takes both, DDPM's a generator, PNDM's none
+        options = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in takes}
         timesteps, finite = self.scheduler.timesteps.tolist(), []
         for i, t in enumerate(self.progress_bar(timesteps)):
             twice = torch.cat([latents] * 2) if guided else latents
