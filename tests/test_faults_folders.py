@@ -184,7 +184,7 @@ def first(header):
 
 
 HEADERS = {
-    "another shape": lambda header, name: header[name].update(shape=header[name]["shape"][::-1] + [1]),
+    "another shape": lambda header, name: header[name].update(shape=[*header[name]["shape"], 1]),
     "a negative shape": lambda header, name: header[name].update(shape=[-1]),
     "a huge shape": lambda header, name: header[name].update(shape=[2**60]),
     "an unknown dtype": lambda header, name: header[name].update(dtype="XYZ"),
