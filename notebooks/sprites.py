@@ -80,3 +80,9 @@ def prompts(name: str, colour: str) -> list[str]:
         thing,
         name,
     ]
+
+
+def words() -> list[str]:
+    """Every word of every prompt, in alphabetical order."""
+    everything = {prompt for name in NAMES for colour in COLOURS for prompt in prompts(name, colour)}
+    return sorted({word for prompt in everything for word in prompt.replace(",", "").split()})

@@ -10,7 +10,7 @@ from pathlib import Path
 import sprites
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -175,33 +175,28 @@ def encode(vae: AutoencoderKL, mask: Tensor) -> Tensor:
     return torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
 
 
-def train_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte pairs until every word of the prompts is one token; written in CLIP's form, with its alphabet first."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    words = sorted(
-        {
-            word
-            for name in sprites.NAMES
-            for colour in sprites.COLOURS
-            for prompt in sprites.prompts(name, colour)
-            for word in prompt.replace(",", " ,").split()
-        }
-    )
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    tokenizer.train_from_iterator(words, trainer)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+def train_tokenizer() -> CLIPTokenizer:
+    """Byte pairs until every word of the prompts is one token, in CLIP's form: its alphabet comes first.
+
+    Then come the words in alphabetical order: their ids are the same in every run, the order of the merges isn't.
+    """
+    words, trained = sprites.words(), Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
+    trained.train_from_iterator(words, trainer)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(f"{sign}</w>" for sign in alphabet), *map("".join, merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab, [tuple(pair) for pair in merges], model_max_length=16)
+    alphabet += [f"{sign}</w>" for sign in alphabet]
+    pieces = sorted(
+        {"".join(pair) for pair in merges}, key=lambda piece: (piece.removesuffix("</w>") not in words, piece)
+    )
+    tokens = [*alphabet, *pieces, "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=16)
 
 
 def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> StableDiffusionPipeline:
     """Text encoder and UNet together, on v-prediction (Progressive distillation, arXiv 2202.00512, appendix D)."""
-    tokenizer = train_tokenizer(folder)
+    tokenizer = train_tokenizer()
     text_encoder = CLIPTextModel.from_config(
         {
             "vocab_size": tokenizer.vocab_size,
@@ -315,7 +310,11 @@ def main() -> None:
     else:
         (steps,), (batch,) = options.steps or (1500,), options.batch or (16,)
         pipe = train_ddpm(steps, batch, options.runs / "tiny-ddpm")
-    pipe.to(torch.float16).save_pretrained(options.out or BUNDLED / options.model)
+    out = options.out or BUNDLED / options.model
+    pipe.to(torch.float16).save_pretrained(out)
+    if options.model == "tiny-emoji":
+        known = {"things": sprites.NAMES, "colours": list(sprites.COLOURS), "words": sprites.words()}
+        (out / "known.json").write_text(json.dumps(known) + "\n")  # for `python -m minidiff --list`
 
 
 if __name__ == "__main__":
