@@ -1,0 +1,85 @@
+"""The command line, in this process: what it draws, writes and prints."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minidiff
+from minidiff.__main__ import main
+
+
+@pytest.fixture
+def draw(tiny_sd_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return main(["red apple", "--model", str(tiny_sd_folder), "--steps", "2", "--device", "cpu", *arguments])
+
+    return run
+
+
+def test_writes_the_picture_that_python_draws(draw, tmp_path, capsys, tiny_sd_folder):
+    assert draw("--seed", "7", "--guidance", "3", "--negative", "blue", "-o", "out.png") == 0
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"out\.png \(16 x 16, [0-9.]+ s a step on cpu\)\n", out)
+    pipe = minidiff.DiffusionPipeline.from_pretrained(tiny_sd_folder)
+    arguments = {"num_inference_steps": 2, "guidance_scale": 3, "negative_prompt": "blue"}
+    expected = pipe("red apple", generator=torch.Generator().manual_seed(7), **arguments).images[0]
+    with Image.open(tmp_path / "out.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+        assert picture.text == {
+            "prompt": "red apple",
+            "negative": "blue",
+            "model": str(tiny_sd_folder),
+            "scheduler": "PNDMScheduler",
+            "steps": "2",
+            "guidance": "3.0",
+            "seed": "7",
+            "n": "1",
+        }
+
+
+def test_grid_size_scale_and_scheduler(draw, tmp_path):
+    assert draw("-n", "3", "--height", "24", "--width", "16", "--scale", "2", "--scheduler", "ddim") == 0
+    with Image.open(tmp_path / "minidiff.png") as grid:
+        assert grid.size == (2 * 16 * 2, 2 * 24 * 2)
+        assert grid.text["scheduler"] == "DDIMScheduler"
+        third = np.asarray(grid)[48::2, :32:2]
+        assert np.array_equal(np.asarray(grid)[48:, :32], third.repeat(2, 0).repeat(2, 1))
+    assert draw("--seed", "2", "--height", "24", "--width", "16", "--scheduler", "ddim", "-o", "alone.png") == 0
+    with Image.open(tmp_path / "alone.png") as alone:  # picture i of a grid has seed + i, within rounding
+        assert np.abs(np.asarray(alone).astype(int) - third).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", "100"], "error: height=100 must be a positive multiple of 8"),
+        (["--steps", "0"], "error: num_inference_steps=0"),
+        (["--model", "./nowhere"], "error: ./nowhere: there is no such folder"),
+        (["--device", "quantum"], "error: "),
+    ],
+)
+def test_errors_are_one_line(draw, tmp_path, capsys, arguments, message):
+    assert draw(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message) and captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-n", "0"], ["--scale", "0"], ["-o", "picture.jpg"], ["-o", "nowhere/x.png"], ["--scheduler", "euler"]],
+)
+def test_wrong_arguments_are_told_before_anything_is_loaded(draw, arguments):
+    with pytest.raises(SystemExit) as caught:
+        draw(*arguments)
+    assert caught.value.code == 2
+
+
+def test_a_pipeline_without_a_prompt(draw, tiny_ddpm_folder, capsys):
+    assert draw("--model", str(tiny_ddpm_folder)) == 1
+    assert "a DDPMPipeline draws without a prompt" in capsys.readouterr().err
