@@ -5,7 +5,8 @@
      "tensors": {"unet": {"conv_in.weight": [320, 4, 3, 3], ...}, ...}}         every tensor: name and shape
 
 Names and shapes are those of the reference's own modules, built from the configs on the meta device, so that they can
-tell whether ours are right. `python -m weights_compat.manifests FOLDER REPOSITORY` writes one from a folder.
+tell whether ours are right. (Files from 2022 hold older names for some; the tables have them as aliases.)
+`python -m weights_compat.manifests FOLDER REPOSITORY` writes one from a folder.
 """
 
 import json
@@ -19,14 +20,14 @@ FOLDER = Path(__file__).parent / "manifests"
 SMALL_WIDTH = 32  # channels of the first level of a narrowed UNet or VAE; the others keep their ratio to it
 
 # Lengths that a narrowed config divides by 32; the sums that real configs obey still hold
-DIVIDED = [
+DIVIDED = (
     "hidden_size",
     "intermediate_size",
     "projection_dim",
     "cross_attention_dim",
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
-]
+)
 
 
 class Manifest(NamedTuple):
@@ -75,7 +76,7 @@ def narrow_config(config: dict[str, Any]) -> dict[str, Any]:
         widths = small["block_out_channels"]
         small["block_out_channels"] = [width * SMALL_WIDTH // widths[0] for width in widths]
         small["norm_num_groups"] = 8
-        small["sample_size"] = 32 if "latent_channels" in small else 2 ** max(3, len(widths) - 1)
+        small["sample_size"] = 32 if "latent_channels" in small else 2 ** len(widths)  # 2 x 2 in the middle
     if isinstance(heads := small.get("attention_head_dim"), list):
         small["attention_head_dim"] = [2 * n // heads[0] for n in heads]
     if isinstance(depths := small.get("transformer_layers_per_block"), list):

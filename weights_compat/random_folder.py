@@ -52,7 +52,7 @@ def random(name: str, shape: list[int], generator: torch.Generator) -> torch.Ten
 
 
 def write_safetensors(file: Path, shapes: dict[str, list[int]], make: Callable[[str, list[int]], torch.Tensor]) -> None:
-    """safetensors.torch.save_file wants all tensors at once; the format itself is a length, a JSON header, the bytes."""
+    """safetensors.torch.save_file wants all tensors at once; the format is a length, a JSON header, and the bytes."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
