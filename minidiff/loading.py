@@ -52,10 +52,10 @@ CLASSES: dict[str, type] = {
 }
 
 # Every file that is read in a component's folder, beside its weights. A save ends these, and no other
-SMALL_FILES = """
-    config.json scheduler_config.json tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
-    added_tokens.json
-""".split()
+SMALL_FILES = (
+    *("config.json", "scheduler_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 
 # Parts of real folders that a picture doesn't depend on and that aren't written yet
 LEFT_OUT = ("StableDiffusionSafetyChecker", "CLIPFeatureExtractor", "CLIPImageProcessor")

@@ -431,7 +431,7 @@ class UNet(Model):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def check(self, sample: Tensor) -> None:
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels or 0 in sample.shape:
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; this {type(self).__name__} takes"
                 f" (batch, {self.config.in_channels}, height, width)"

@@ -17,7 +17,7 @@ from ..clip import CLIPTextModel
 from ..images import check_output_type, to_output
 from ..noise import Generators, randn_tensor
 from ..pipeline import DiffusionPipeline, check_finite
-from ..schedulers.base import Scheduler
+from ..schedulers.base import Scheduler, check_number, check_tensors
 from ..tokenizer import CLIPTokenizer
 from ..unet import UNet2DConditionModel
 from ..vae import AutoencoderKL
@@ -140,10 +140,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
         width = default[1] * self.vae.factor if width is None else width
         check_output_type(output_type)
         self._check_numbers(height, width, num_images_per_prompt, clip_skip)
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs names {', '.join(sorted(unknown))}; it takes {CALLBACK_TENSORS}"
-            )
+        check_number(guidance_scale, "guidance_scale")
+        check_number(guidance_rescale, "guidance_rescale")
+        named = callback_on_step_end_tensor_inputs
+        if not isinstance(named, list | tuple) or not set(map(str, named)) <= set(CALLBACK_TENSORS):
+            raise ValueError(f"callback_on_step_end_tensor_inputs={named!r} must be a list of {CALLBACK_TENSORS}")
+        if not (callback_on_step_end is None or callable(callback_on_step_end)):
+            raise TypeError(f"callback_on_step_end must be a function, not {callback_on_step_end!r}")
         guided = guidance_scale > 1
 
         if timesteps is None:
@@ -198,6 +201,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             raise ValueError("give either prompt or prompt_embeds, and not both")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give either negative_prompt or negative_prompt_embeds, and not both")
+        given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        check_tensors(**{name: value for name, value in given.items() if value is not None})
         count = len(prompt_embeds) if prompt is None else len(_texts("prompt", prompt))
         negatives = _texts("negative_prompt", negative_prompt or "")
         negatives = negatives * count if len(negatives) == 1 else negatives
@@ -240,6 +245,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
     ) -> Tensor:
         if isinstance(generator, list | tuple) and len(generator) != shape[0]:
             raise ValueError(f"generator has {len(generator)} entries for {shape[0]} pictures: give one, or one each")
+        if latents is not None:
+            check_tensors(latents=latents)
         if latents is None:
             latents = randn_tensor(shape, generator, self.unet.device, dtype)
         elif latents.shape != shape:
@@ -257,7 +264,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         for name, value in (("height", height), ("width", width)):
             if not isinstance(value, int) or value <= 0 or value % 8:
                 raise ValueError(f"{name}={value!r} must be a positive multiple of 8")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r} must be a positive integer")
         if clip_skip is not None:
             layers = self.text_encoder.config.num_hidden_layers

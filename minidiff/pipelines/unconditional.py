@@ -25,7 +25,7 @@ class UnconditionalPipeline(DiffusionPipeline):
     ) -> ImageOutput | tuple:
         """Draws noise and denoises it; `step_options` go to the scheduler's `step`."""
         check_output_type(output_type, ("pil", "np", "pt"))
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
         config = self.unet.config
         if config.sample_size is None:

@@ -10,6 +10,7 @@ has to be fetched from there, so a loop that must not wait passes Python integer
 """
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,18 +98,23 @@ class Scheduler(Configured):
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Samples x_t from x0, eq. 4: (B, ...) from (B, ...). `timesteps` (B,) are integers; one can stand for all."""
-        sqrt_alpha_bar, sqrt_one_minus_alpha_bar = self._noise_levels(timesteps, original_samples)
+        check_tensors(original_samples=original_samples, noise=noise, timesteps=timesteps)
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar = self._noise_levels(timesteps, noise, original_samples)
         return sqrt_alpha_bar * original_samples + sqrt_one_minus_alpha_bar * noise
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What a v_prediction model learns to say (arXiv 2202.00512, appendix D). Shapes as in `add_noise`."""
-        sqrt_alpha_bar, sqrt_one_minus_alpha_bar = self._noise_levels(timesteps, sample)
+        check_tensors(sample=sample, noise=noise, timesteps=timesteps)
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar = self._noise_levels(timesteps, noise, sample)
         return sqrt_alpha_bar * noise - sqrt_one_minus_alpha_bar * sample
 
-    def _noise_levels(self, timesteps: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _noise_levels(
+        self, timesteps: torch.Tensor, noise: torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) in the sample's dtype, (B, 1, 1, ...) to broadcast over it."""
-        check_tensors(timesteps=timesteps, sample=sample)
         timesteps = timesteps.flatten()
+        if noise.shape[1:] != sample.shape[1:]:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the samples {tuple(sample.shape)}")
         if timesteps.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"timesteps must be int64 or int32, but are {timesteps.dtype}")
         if len(timesteps) not in (1, len(sample)) and len(sample) != 1:
@@ -145,6 +151,9 @@ class Scheduler(Configured):
         if model_output.shape != sample.shape:
             given, needed = tuple(model_output.shape), tuple(sample.shape)
             raise ValueError(f"model_output has shape {given}, but sample {needed}: they must agree")
+        if not (model_output.is_floating_point() and sample.is_floating_point()):
+            given = f"{model_output.dtype} and {sample.dtype}"
+            raise TypeError(f"model_output and sample must be floating-point tensors, but are {given}")
         t = as_integer(timestep, "timestep")
         if not 0 <= t < len(self):
             raise ValueError(f"timestep={t} must lie in 0..{len(self) - 1}")
@@ -273,6 +282,22 @@ def as_integer(value, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, but is {value!r}") from None
+
+
+def check_number(value, name: str, least: float = -math.inf) -> None:
+    """Raises a TypeError or a ValueError that names the argument unless it is a finite number, `least` or more."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, but is {value!r}")
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name}={value} must be finite, and {least} or more")
+
+
+def to_device(timesteps: Sequence[int] | np.ndarray, device: torch.device | str | None) -> torch.Tensor:
+    """`timesteps` as int64 on `device`, by default the CPU. Raises ValueError for a device that torch hasn't."""
+    try:
+        return torch.as_tensor(timesteps, device=device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not supported: {error}") from None
 
 
 def check_tensors(**arguments) -> None:

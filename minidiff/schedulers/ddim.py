@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .base import Scheduler, SchedulerConfig, randn_tensor
+from .base import Scheduler, SchedulerConfig, check_number, check_tensors, randn_tensor, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class DDIMScheduler(Scheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Plans `num_inference_steps` steps, at most `num_train_timesteps`."""
-        self.timesteps = torch.from_numpy(self._grid(num_inference_steps)).to(device)
+        self.timesteps = to_device(self._grid(num_inference_steps), device)
         self.num_inference_steps = int(num_inference_steps)
 
     def step(
@@ -66,8 +66,7 @@ class DDIMScheduler(Scheduler):
         """
         stride = self._stride()
         t = self._check_step(model_output, timestep, sample)
-        if eta < 0:
-            raise ValueError(f"eta={eta} must not be negative")
+        check_number(eta, "eta", least=0)
         alpha_bar = self._alpha_bar(t)
         alpha_bar_prev = self._alpha_bar(t - stride)
 
@@ -89,6 +88,9 @@ class DDIMScheduler(Scheduler):
                 raise ValueError("variance_noise and generator exclude each other: pass one")
             if variance_noise is None:
                 variance_noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
+            check_tensors(variance_noise=variance_noise)
+            if variance_noise.shape != sample.shape:
+                raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, not sample's")
             prev_sample = prev_sample + sigma * variance_noise
 
         output = DDIMSchedulerOutput(prev_sample, x0)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .base import Scheduler, SchedulerConfig, as_integer, check_tensors, randn_tensor
+from .base import Scheduler, SchedulerConfig, as_integer, check_tensors, randn_tensor, to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class DDPMScheduler(Scheduler):
                 raise ValueError(f"timesteps={grid} must be in descending order, and at least one")
             if grid[0] >= len(self) or grid[-1] < 0:
                 raise ValueError(f"timesteps={grid} must lie in 0..{len(self) - 1}")
-        self.timesteps = torch.tensor(grid, device=device)
+        self.timesteps = to_device(grid, device)
         self.num_inference_steps = None if num_inference_steps is None else int(num_inference_steps)
         self._previous = dict(zip(grid, [*grid[1:], -1], strict=True))
 

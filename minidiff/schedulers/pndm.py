@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .base import Scheduler, SchedulerConfig, SchedulerOutput
+from .base import Scheduler, SchedulerConfig, SchedulerOutput, to_device
 
 # Adams-Bashforth: the weights of the predictions, newest first, and their common divisor, for 1 to 4 of them.
 PLMS_WEIGHTS = (((1,), 1), ((3, -1), 2), ((23, -16, 5), 12), ((55, -59, 37, -9), 24))  # the last is eq. 12
@@ -50,7 +50,7 @@ class PNDMScheduler(Scheduler):
             stages = [(t, t_next + half, t_next + half, t_next) for t, t_next in pairwise(grid[:4])]
             self.prk_timesteps = np.concatenate(stages)
             self.plms_timesteps = grid[3:]
-        self.timesteps = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps])).to(device)
+        self.timesteps = to_device(np.concatenate([self.prk_timesteps, self.plms_timesteps]), device)
         self.num_inference_steps = int(num_inference_steps)
         self.counter = 0  # of calls to step
         self.history: list[torch.Tensor] = []  # past predictions, newest last
