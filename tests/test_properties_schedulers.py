@@ -99,7 +99,9 @@ def said(prediction_type, alpha_bar, x0, eps):
 
 
 def alpha_bar_at(scheduler, t):
-    return (scheduler.alphas_cumprod[t] if t >= 0 else scheduler.final_alpha_cumprod).item()
+    """Before timestep 0 it is 1, or timestep 0's where set_alpha_to_one is false."""
+    to_one = t < 0 and scheduler.config.get("set_alpha_to_one", True)
+    return 1.0 if to_one else scheduler.alphas_cumprod[max(t, 0)].item()
 
 
 # The forward process
@@ -170,14 +172,13 @@ def test_a_ddim_step_lands_on_the_forward_process(run, prediction_type, set_alph
     scheduler = exact(
         m.DDIMScheduler(**config, prediction_type=prediction_type, set_alpha_to_one=set_alpha_to_one, **unclipped)
     )
-    first = 1.0 if set_alpha_to_one else alpha_bar_at(scheduler, 0)
     scheduler.set_timesteps(n)
     x0, eps = normal(seed), normal(seed + 1)
     for t in scheduler.timesteps.tolist():
         alpha_bar = alpha_bar_at(scheduler, t)
         t_prev = t - len(scheduler) // n
         out = scheduler.step(said(prediction_type, alpha_bar, x0, eps), t, noised(alpha_bar, x0, eps))
-        expected = noised(alpha_bar_at(scheduler, t_prev) if t_prev >= 0 else first, x0, eps)
+        expected = noised(alpha_bar_at(scheduler, t_prev), x0, eps)
         torch.testing.assert_close(out.prev_sample, expected, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(out.pred_original_sample, x0, rtol=1e-6, atol=1e-6)
 
@@ -255,7 +256,7 @@ def test_a_ddpm_step_is_the_posterior_of_bayes_rule(run, prediction_type, varian
     grid = scheduler.timesteps.tolist()
     i = data.draw(st.integers(0, n - 1))
     t, t_prev = grid[i], grid[i + 1] if i + 1 < n else -1
-    a, b = alpha_bar_at(scheduler, t), alpha_bar_at(scheduler, t_prev) if t_prev >= 0 else 1.0
+    a, b = alpha_bar_at(scheduler, t), alpha_bar_at(scheduler, t_prev)
     x0, eps = normal(seed), normal(seed + 1)
     x_t = noised(a, x0, eps)
     mean, beta_tilde = posterior(a, b)
@@ -566,8 +567,8 @@ def test_timesteps_are_the_references_and_never_leave_the_range(config, cls, spa
         assert all(t > t_next or (repeats and t == t_next) for t, t_next in pairwise(expected))
 
 
-@given(runs(), st.sampled_from((m.DDPMScheduler, m.DDIMScheduler)), st.floats(0.1, 3), st.booleans(), seeds)
-def test_x0_is_bounded(run, cls, bound, thresholding, seed):
+@given(runs(), st.sampled_from((m.DDPMScheduler, m.DDIMScheduler)), st.floats(0.1, 3), st.booleans(), st.data(), seeds)
+def test_x0_is_bounded(run, cls, bound, thresholding, data, seed):
     """clip_sample: to the range. thresholding: to [-1, 1], scaled by a quantile of each sample's own."""
     config, n = run
     if thresholding:
@@ -576,7 +577,7 @@ def test_x0_is_bounded(run, cls, bound, thresholding, seed):
         config |= {"clip_sample": True, "clip_sample_range": bound}
     scheduler = cls(**config, prediction_type="sample")
     scheduler.set_timesteps(n)
-    said = 3 * normal(seed)
+    said = data.draw(st.sampled_from((0.3, 0.7, 1, 3))) * normal(seed)
     x0 = scheduler.step(said, scheduler.timesteps[0], normal(seed + 1)).pred_original_sample
     expected = said.clamp(-bound, bound)
     if thresholding:
