@@ -12,7 +12,7 @@ import torch
 
 import minidiff.schedulers as ours
 from minidiff.config import ConfigError
-from minidiff.schedulers.base import randn_tensor
+from minidiff.noise import randn_tensor
 
 NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 BOUND = 1e-6  # of the largest value of prev_sample; measured: 0 nearly everywhere, 1e-7 in PNDM's third step

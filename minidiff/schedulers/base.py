@@ -246,36 +246,6 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - alphas
 
 
-def randn_tensor(
-    shape: Sequence[int],
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:  # (B, ...)
-    """Standard normal noise that is the same on every device: a CPU generator draws on the CPU, and the result moves.
-
-    `generator` is one for all samples, or a list with one a sample: then a sample's noise doesn't depend on its batch.
-    Raises ValueError for another number of generators, and for one that lives neither on the CPU nor on `device`.
-    """
-    device = torch.device(device or "cpu")
-    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-    for one in generators if generator is not None else []:
-        if not isinstance(one, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or a list of them, but there is {one!r}")
-        if one.device.type not in ("cpu", device.type):
-            raise ValueError(f"generator lives on {one.device}, which can't draw for {device}; use one of the CPU")
-    if len(generators) == 1:
-        return _draw(shape, generators[0], device, dtype)
-    if len(generators) != shape[0]:
-        raise ValueError(f"generator is a list of {len(generators)}, but the batch has {shape[0]} samples")
-    return torch.cat([_draw((1, *shape[1:]), one, device, dtype) for one in generators])
-
-
-def _draw(shape, generator, device, dtype):
-    where = generator.device if generator is not None else device
-    return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype).to(device)
-
-
 def as_integer(value, name: str) -> int:
     """`value` as an int: it may be one, NumPy's, or a tensor of one integer. A TypeError names the argument."""
     try:

@@ -5,7 +5,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .base import Scheduler, SchedulerConfig, check_number, check_tensors, randn_tensor, to_device
+from ..noise import randn_tensor
+from .base import Scheduler, SchedulerConfig, check_number, check_tensors, to_device
 
 
 @dataclass(frozen=True, eq=False)

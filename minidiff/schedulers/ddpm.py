@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .base import Scheduler, SchedulerConfig, as_integer, check_tensors, randn_tensor, to_device
+from ..noise import randn_tensor
+from .base import Scheduler, SchedulerConfig, as_integer, check_tensors, to_device
 
 
 @dataclass(frozen=True, eq=False)
