@@ -1,0 +1,115 @@
+"""The models in the box: their data, the scripts that train and judge them, and that the reference draws with them."""
+
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import minidiff
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+
+import evaluate_tiny  # noqa: E402
+import sprites  # noqa: E402
+import train_tiny  # noqa: E402
+
+MODELS = ["tiny-emoji", "tiny-ddpm"]
+
+
+def test_every_emoji_and_every_colour_is_shown_and_held_out():
+    assert len(set(sprites.NAMES)) == 160
+    held_out = sprites.held_out()
+    assert held_out.sum(dim=1).tolist() == [1] * 160 and held_out.sum(dim=0).tolist() == [16] * 10
+    assert torch.equal(held_out, sprites.held_out())
+
+
+def test_renders_are_all_different_and_lie_on_their_colour():
+    renders = sprites.renders()
+    assert renders.shape == (160, 10, 3, 64, 64) and renders.dtype == torch.uint8
+    assert (renders[:, :, :, 0, 0] == torch.tensor(list(sprites.COLOURS.values()), dtype=torch.uint8)).all()
+    small = sprites.renders(32).flatten(0, 1).flatten(1) / 255
+    distances = torch.cdist(small, small) / small.shape[1] ** 0.5
+    assert distances.fill_diagonal_(1).min() > 0.03
+
+
+def test_prompts_have_their_articles():
+    assert sprites.prompts("owl", "orange")[0] == "an owl on an orange background"
+    assert sprites.prompts("unicorn", "blue")[:3] == [
+        "a unicorn on a blue background",
+        "unicorn, blue background",
+        "a unicorn",
+    ]
+    assert sprites.prompts("grapes", "red")[2] == "grapes"
+
+
+def test_the_judge_finds_the_render_under_noise_and_misses_a_wrong_one():
+    held_out = sprites.held_out()
+    pictures = sprites.renders()[held_out] / 255
+    noisy = pictures + 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    index, distance = evaluate_tiny.nearest(noisy)
+    assert torch.equal(index, held_out.flatten().nonzero().squeeze(1))
+    assert torch.allclose(distance, torch.full((160,), 0.1), atol=0.005)
+    other_colour = sprites.renders()[held_out.roll(1, dims=1)] / 255
+    assert (evaluate_tiny.nearest(other_colour)[0] != index).all()
+
+
+def test_muon_makes_its_update_orthogonal():
+    matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(0))
+    for x in (matrix, matrix.T):
+        values = torch.linalg.svdvals(train_tiny.orthogonal(x))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize(("model", "stages"), [("tiny-emoji", 3), ("tiny-ddpm", 1)])
+def test_training_runs_resumes_and_leaves_a_pipeline(model, stages, tmp_path, monkeypatch):
+    def train(steps):
+        numbers = ["--steps", *[str(steps)] * stages, "--batch", *["2"] * stages]
+        places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["train_tiny.py", model, *numbers, *places])
+        train_tiny.main()
+        checkpoints = [torch.load(file) for file in tmp_path.glob("runs/*/checkpoint.pt")]
+        return [(checkpoint["steps"], checkpoint["seconds"]) for checkpoint in checkpoints]
+
+    few = torch.arange(1600).view(160, 10) >= 20
+    monkeypatch.setattr(sprites, "held_out", lambda: few)
+    monkeypatch.setattr(train_tiny, "SHOWN", 2)
+    first = train(1)
+    assert len(first) == stages and all(steps == 1 for steps, _ in first)
+    assert train(1) == first  # complete: nothing is trained again
+    assert all(steps == 2 and seconds > before for (steps, seconds), (_, before) in zip(train(2), first, strict=True))
+    pipe = minidiff.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe).__name__ == ("StableDiffusionPipeline" if model == "tiny-emoji" else "DDPMPipeline")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bundled_folder_is_small_and_says_where_it_comes_from(name):
+    folder = minidiff.bundled(name)
+    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+    assert sum(sizes) <= 16 * 2**20 and max(sizes) <= 12 * 2**20
+    card = (folder / "README.md").read_text()
+    assert "Noto Color Emoji" in card and "SIL Open Font License" in card and f"train_tiny.py {name}" in card
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bundled_model_draws_the_references_pictures(name):
+    pictures = []
+    for library in (minidiff, diffusers):
+        pipe = library.DiffusionPipeline.from_pretrained(minidiff.bundled(name), torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        options = (
+            {"prompt": ["a red apple on a blue background", "panda"]} if name == "tiny-emoji" else {"batch_size": 2}
+        )
+        generator = torch.Generator().manual_seed(0)
+        pictures.append(pipe(**options, num_inference_steps=20, generator=generator, output_type="np").images)
+    assert np.abs(pictures[0] - pictures[1]).max() < 1e-4
+
+
+def test_bundled_emoji_are_the_ones_asked_for():
+    pipe = minidiff.DiffusionPipeline.from_pretrained(minidiff.bundled("tiny-emoji"), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    some = sprites.held_out() & (torch.arange(160) % 20 == 0)[:, None]
+    assert evaluate_tiny.share_right(pipe, some, evaluate_tiny.GUIDANCE) >= 7 / 8
