@@ -328,7 +328,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Loads one folder with the reference (diffusers, transformers) and with minidiff, and compares them"
         " stage by stage. Exit code: 0 if every stage passes, 1 if any fails, 2 for a bad command line.",
         epilog="The bounds of float16 and bfloat16 are looser because both sides round at each operation, and not in"
-        " the same places. There a PASS rules out overflow and gross mistakes; in float32 it says that the numbers agree.",
+        " the same places. There a PASS rules out overflow and gross mistakes; in float32 it says that the"
+        " numbers agree.",
     )
     parser.add_argument("name", metavar="NAME", help="a Hub id or a folder; with --random, a manifest's name")
     parser.add_argument("--random", action="store_true", help="make a folder with random weights from a manifest")
