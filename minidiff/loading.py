@@ -194,11 +194,14 @@ def load_components(
             raise LoadError(f"{index_file}: {name} has the unknown class {spec[1]!r}; supported: {', '.join(CLASSES)}")
         else:
             to_read[name] = CLASSES[spec[1]]
+    root = index_file.parent
+    at_root = (root / "config.json").exists()  # the DDPM paper's own repositories have no folder for each component
+    folders = {name: root if at_root and not (root / name).is_dir() else root / name for name in to_read}
     models = [name for name, cls in to_read.items() if issubclass(cls, Model)]
-    if files.variant and models and not any(_weights(index_file.parent / name, files) for name in models):
-        raise LoadError(f"{index_file.parent}: no component has weights of the variant {files.variant!r}")
+    if files.variant and models and not any(_weights(folders[name], files) for name in models):
+        raise LoadError(f"{root}: no component has weights of the variant {files.variant!r}")
     for name, cls in to_read.items():
-        folder, chosen = index_file.parent / name, files
+        folder, chosen = folders[name], files
         if files.variant and name in models and not _weights(folder, files):
             warnings.warn(f"{folder}: has no variant {files.variant!r}; its other weights are loaded", stacklevel=3)
             chosen = files._replace(variant=None)
@@ -248,6 +251,7 @@ def _wanted(names: list[str], folder: str, files: Files) -> list[str]:
 def wanted_by_pipeline(names: list[str], files: Files, given: Mapping[str, Any]) -> list[str]:
     """Of all files of a repository, those that loading its pipeline will read. Components `given` aren't."""
     folders = {name.split("/")[0] for name in names if name.count("/") == 1} - given.keys() - set(NEVER_READ)
+    folders |= {""} if "config.json" in names else set()
     return ["model_index.json", *(file for folder in sorted(folders) for file in _wanted(names, folder, files))]
 
 

@@ -122,7 +122,7 @@ class PixelAttention(Attention):
         self.norm = nn.GroupNorm(groups, channels, eps)
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+        tokens = self.norm(x.flatten(2)).transpose(1, 2)  # (B, C, H, W) -> (B, C, H*W) -> (B, H*W, C)
         return super().forward(tokens).transpose(1, 2).reshape(x.shape) + x
 
 

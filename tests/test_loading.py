@@ -210,6 +210,26 @@ def test_hub_single_component_and_offline(hub, tmp_path, monkeypatch):
         minidiff.AutoencoderKL.from_pretrained("org/other", **cache)
 
 
+def test_components_at_the_root(tmp_path):
+    """google/ddpm-cifar10-32 and its like hold the unet's and the scheduler's files beside model_index.json."""
+    nested = make_folder("ddpm-cifar10-32", tmp_path / "nested")
+    flat = shutil.copytree(nested, tmp_path / "flat")
+    for file in [*flat.glob("unet/*"), *flat.glob("scheduler/*")]:
+        file.rename(flat / file.name)
+    for name in ("unet", "scheduler"):
+        (flat / name).rmdir()
+    expected = DiffusionPipeline.from_pretrained(nested)
+    pipe = DiffusionPipeline.from_pretrained(flat)
+    assert pipe.scheduler.config == expected.scheduler.config
+    for mine, theirs in zip(pipe.unet.parameters(), expected.unet.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    reference = diffusers.DiffusionPipeline.from_pretrained(flat)
+    assert sum(p.numel() for p in reference.unet.parameters()) == sum(p.numel() for p in pipe.unet.parameters())
+    names = [file.relative_to(flat).as_posix() for file in flat.rglob("*") if file.is_file()]
+    wanted = minidiff.loading.wanted_by_pipeline([*names, "README.md"], minidiff.loading.Files(), {})
+    assert sorted(wanted) == sorted(names)
+
+
 def test_no_such_folder():
     with pytest.raises(LoadError, match=r"\./nowhere: there is no such folder"):
         DiffusionPipeline.from_pretrained("./nowhere")
