@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import CONFIGS
+from strategies import CONFIGS, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,30 +19,6 @@ def build(name, config, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return getattr(m, name)(**config).double()
-
-
-def inputs(data, model, batch, device="cpu"):
-    """Legal arguments of `forward`, with a drawn size. Tensors have the batch first."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-    if isinstance(model, m.CLIPTextModel):
-        length = data.draw(st.integers(1, config.max_position_embeddings))
-        return {"input_ids": torch.randint(0, 40, (batch, length), generator=generator).to(device)}
-    levels = len(config.block_out_channels)
-    least, step = (1, 1) if isinstance(model, m.UNet2DConditionModel) else (2 ** (levels - 1), 2 ** (levels - 1))
-    step = 1 if isinstance(model, m.AutoencoderKL) else step
-    H, W = (least + step * data.draw(st.integers(1, 5)) for _ in "HW")
-
-    def normal(*shape):
-        return torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(device)
-
-    arguments = {"sample": normal(config.in_channels, H, W)}
-    if not isinstance(model, m.AutoencoderKL):
-        arguments["timestep"] = torch.randint(0, 1000, (batch,), generator=generator).to(device)
-    if isinstance(model, m.UNet2DConditionModel):
-        arguments["encoder_hidden_states"] = normal(data.draw(st.integers(2, 5)), config.cross_attention_dim)
-        if config.addition_embed_type:
-            arguments["added_cond_kwargs"] = {"text_embeds": normal(5), "time_ids": 100 * normal(6)}
-    return arguments
 
 
 def chosen(arguments, rows):
