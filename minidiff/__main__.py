@@ -17,8 +17,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
     parser.add_argument("--model", help=f"a folder or a Hub id (default: {BUNDLED}, which comes with the package)")
     parser.add_argument("--list", action="store_true", help=f"print what {BUNDLED} knows to draw, and stop")
-    parser.add_argument("--steps", type=int, help="of denoising (default: 20 with the bundled model, else 50)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="how far to follow the prompt (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of denoising (20 if bundled, else 50)")
+    parser.add_argument("--guidance", type=float, help="how far to follow the prompt (3 if bundled, else 7.5)")
     parser.add_argument("--negative", metavar="PROMPT", help="what the picture should not show")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (%(default)s)")
     parser.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's)")
@@ -28,14 +28,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best one here)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda")
     parser.add_argument("--variant", help='of the weight files, such as "fp16"')
-    parser.add_argument("--scale", type=int, help="enlarge each pixel (default: 4 with the bundled model, else 1)")
+    parser.add_argument("--scale", type=int, help="enlarge each pixel (4 if bundled, else 1)")
     parser.add_argument("-o", "--output", type=Path, default=Path("minidiff.png"), help="a PNG (%(default)s)")
     args = parser.parse_args(arguments)
+    steps, guidance, scale = (20, 3.0, 4) if args.model is None else (50, 7.5, 1)
+    args.steps = steps if args.steps is None else args.steps
+    args.guidance = guidance if args.guidance is None else args.guidance
+    args.scale = scale if args.scale is None else args.scale
     if not args.list and args.prompt is None:
         parser.error("the following arguments are required: prompt")
     if args.n < 1:
         parser.error(f"argument -n: {args.n} is less than 1")
-    if args.scale is not None and args.scale < 1:
+    if args.scale < 1:
         parser.error(f"argument --scale: {args.scale} is less than 1")
     if args.output.suffix.lower() != ".png" or not args.output.absolute().parent.is_dir():
         parser.error(f"argument -o: {args.output} must be a .png in a folder that exists")
@@ -47,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 
     import torch  # after the arguments are known to be right: it takes its time
+    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     import minidiff
@@ -69,14 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
         if args.scheduler:
             scheduler = getattr(minidiff, f"{args.scheduler.upper()}Scheduler")
             pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-        steps = args.steps if args.steps is not None else 20 if args.model is None else 50
         pipe.to(device)
         started = time.perf_counter()
         images = pipe(
             args.prompt,
             args.height,
             args.width,
-            num_inference_steps=steps,
+            num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             negative_prompt=args.negative,
             num_images_per_prompt=args.n,
@@ -88,15 +92,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
     picture = make_grid(images)
-    scale = args.scale or (4 if args.model is None else 1)
-    picture = picture.resize((picture.width * scale, picture.height * scale), resample=0)  # nearest: pixels stay sharp
-    settings = vars(args) | {"model": args.model or BUNDLED, "steps": steps, "scheduler": type(pipe.scheduler).__name__}
+    size = (picture.width * args.scale, picture.height * args.scale)
+    picture = picture.resize(size, resample=Image.Resampling.NEAREST)  # pixels stay sharp
+    settings = vars(args) | {"model": args.model or BUNDLED, "scheduler": type(pipe.scheduler).__name__}
     chunks = PngInfo()
     for key in ("prompt", "negative", "model", "scheduler", "steps", "guidance", "seed", "n"):
         if settings[key] is not None:
             chunks.add_itxt(key, str(settings[key]))
     picture.save(args.output, pnginfo=chunks)
-    print(f"{args.output} ({picture.width} x {picture.height}, {seconds / steps:.3f} s a step on {device})")
+    print(f"{args.output} ({picture.width} x {picture.height}, {seconds / args.steps:.3f} s a step on {device})")
     if args.model is None:
         print(f"Drawn by the bundled {BUNDLED}; a real one: --model stable-diffusion-v1-5/stable-diffusion-v1-5")
     return 0

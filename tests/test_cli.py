@@ -83,3 +83,27 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(draw, arguments):
 def test_a_pipeline_without_a_prompt(draw, tiny_ddpm_folder, capsys):
     assert draw("--model", str(tiny_ddpm_folder)) == 1
     assert "a DDPMPipeline draws without a prompt" in capsys.readouterr().err
+
+
+def test_the_bundled_model_draws_what_the_prompt_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["a red apple on a blue background"]) == 0
+    captured = capsys.readouterr()
+    assert "Drawn by the bundled tiny-emoji; a real one: --model" in captured.out
+    assert "warning" not in captured.err
+    with Image.open("minidiff.png") as picture:
+        assert picture.size == (256, 256)
+        pixels = np.asarray(picture).astype(int)
+    red, green, blue = pixels[4, 4]  # the corner is background
+    assert blue > red + 60 and blue > green + 40
+    red, green, blue = pixels[118:138, 118:138].mean(axis=(0, 1))  # the middle is apple
+    assert red > green + 60 and red > blue + 60
+
+
+def test_unknown_words_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["a purple platypus", "--steps", "1"]) == 0
+    assert "warning: tiny-emoji has never seen the word 'platypus'" in capsys.readouterr().err
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert "red apple" in out and "Backgrounds: " in out
