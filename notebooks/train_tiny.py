@@ -22,7 +22,6 @@ from minidiff import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -222,7 +221,7 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    scheduler = PNDMScheduler(prediction_type="v_prediction", skip_prk_steps=True, steps_offset=1)
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
     # The VAE is finished: every picture's latents, and every prompt's tokens, are computed once
     shown = ~sprites.held_out()
