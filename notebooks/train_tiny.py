@@ -157,8 +157,9 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
 
 def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> None:
     """The decoder once more, alone, on the latents' means: what the UNet learns to make has none of their noise."""
-    pictures, latents = sprites.renders()[~sprites.held_out()], encode(vae, ~sprites.held_out())
-    unseen, decoder = encode(vae, sprites.held_out())[:SHOWN], nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    pictures, unseen = (sprites.renders()[mask] for mask in (~sprites.held_out(), sprites.held_out()))
+    latents, unseen = encode(vae, pictures), encode(vae, unseen[:SHOWN])
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
     def loss() -> Tensor:
         picture = torch.randint(len(pictures), (batch,))
@@ -168,10 +169,9 @@ def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> N
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, mask: Tensor) -> Tensor:
-    """The latents (B, 16, 8, 8) of the renders of the pairs in `mask`."""
-    batches = (sprites.renders()[mask] / 127.5 - 1).split(64)
-    return torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """The latents (B, 16, 8, 8) of uint8 pictures (B, 3, 64, 64)."""
+    return torch.cat([vae.encode(batch / 127.5 - 1).latent_dist.mode() for batch in pictures.split(64)])
 
 
 def train_tokenizer() -> CLIPTokenizer:
@@ -225,7 +225,7 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
 
     # The VAE is finished: every picture's latents, and every prompt's tokens, are computed once
     shown = ~sprites.held_out()
-    latents = encode(vae, shown)
+    latents = encode(vae, sprites.renders()[shown])
     scaling_factor = 1 / latents.std().item()
     latents *= scaling_factor
     prompts = [sprites.prompts(name, colour) for name in sprites.NAMES for colour in sprites.COLOURS]
