@@ -216,7 +216,10 @@ def test_progress_bar(sd, capsys):
         ({"output_type": "jpeg"}, "output_type='jpeg'"),
         ({"clip_skip": -1}, "clip_skip=-1"),
         ({"timesteps": [5, 3]}, "timesteps.*PNDMScheduler"),
-        ({"callback_on_step_end_tensor_inputs": ["latent"]}, "callback_on_step_end_tensor_inputs names latent"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["latent"]},
+            r"callback_on_step_end_tensor_inputs=\[.latent.\] must be",
+        ),
     ],
 )
 def test_bad_arguments(sd, arguments, message):
