@@ -36,7 +36,6 @@ class Muon(torch.optim.Optimizer):
 
     Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), with the step size of Liu et al. 2025
     (arXiv:2502.16982, eq. 4), at which AdamW's learning rates fit. Convolutions count as matrices (out, in * h * w).
-    On these models a step teaches about twice as much as AdamW's.
     """
 
     def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95):
