@@ -127,7 +127,19 @@ def survives(mutant, folder):
 
         tests = TABLES if mutant[0].startswith("weights_compat") else SCHEDULERS
         os._exit(
-            pytest.main(["-x", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(folder), str(folder / tests)])
+            pytest.main(
+                [
+                    "-x",
+                    "-o",
+                    "addopts=",
+                    "-p",
+                    "no:cacheprovider",
+                    "--tb=line",
+                    "--rootdir",
+                    str(folder),
+                    str(folder / tests),
+                ]
+            )
         )
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
