@@ -126,21 +126,8 @@ def survives(mutant, folder):
         import pytest
 
         tests = TABLES if mutant[0].startswith("weights_compat") else SCHEDULERS
-        os._exit(
-            pytest.main(
-                [
-                    "-x",
-                    "-o",
-                    "addopts=",
-                    "-p",
-                    "no:cacheprovider",
-                    "--tb=line",
-                    "--rootdir",
-                    str(folder),
-                    str(folder / tests),
-                ]
-            )
-        )
+        options = ["-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(folder)]
+        os._exit(pytest.main([*options, str(folder / tests)]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
