@@ -107,6 +107,16 @@ def test_no_two_templates_meet(name):
     assert not set(hubs) & {old for old, _ in table.aliases}
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_digit_more_is_another_module(name):
+    """norm10 is not norm1, though it begins so."""
+    table = TABLES[name]
+    for hub, ours in table.rows:
+        hub, ours = hub.replace("{}", "0") + "0.weight", ours.replace("{}", "0") + "0.weight"
+        assert table.ours(hub) is None or table.hub(table.ours(hub)) == hub
+        assert table.hub(ours) is None or table.ours(table.hub(ours)) == ours
+
+
 @pytest.mark.parametrize("name", ("AutoencoderKL", "UNet2DModel"))
 @given(st.data())
 def test_names_of_2022_are_read(name, data):
