@@ -111,8 +111,8 @@ def alpha_bar_at(scheduler, t):
 def test_betas_are_the_closed_form_and_the_snr_falls_strictly(config):
     scheduler = m.DDPMScheduler(**config)
     betas = closed_form_betas(**config)
-    np.testing.assert_allclose(scheduler.betas, betas, rtol=2e-5, atol=2e-7)
-    np.testing.assert_allclose(scheduler.alphas_cumprod, np.cumprod(1 - betas), rtol=2e-4, atol=1e-7)
+    np.testing.assert_allclose(scheduler.betas, betas, rtol=1e-6)  # measured: 4e-7, float32's own rounding
+    np.testing.assert_allclose(scheduler.alphas_cumprod, np.cumprod(1 - betas), rtol=5e-5)  # 1.5e-5
     alpha_bar = scheduler.alphas_cumprod.double()
     assert ((alpha_bar / (1 - alpha_bar)).diff() < 0).all()
 
