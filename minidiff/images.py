@@ -32,9 +32,9 @@ def to_pil(arrays: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in whole]
 
 
-def make_grid(pictures: list[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size side by side, row by row; by default in a square, or one column more than rows."""
-    columns = columns or int(np.ceil(np.sqrt(len(pictures))))
+def make_grid(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side, row by row: in a square, or with one column more than rows."""
+    columns = int(np.ceil(np.sqrt(len(pictures))))
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     grid = Image.new("RGB", (columns * width, rows * height))

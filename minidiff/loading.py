@@ -399,7 +399,7 @@ def replacing(folder: Path, own: Callable[[Path], set[str]]) -> Iterator[Path]:
     system has them. If the block fails, or the process dies in it, `folder` is untouched. If the process dies between
     the renames, the old folder lies beside, where `fetch` finds it and the next save puts it back.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))  # a link stays, and what it points to is replaced
     new, old = folder.with_name(f".{folder.name}.saving"), _displaced(folder)
     if folder.exists() and not folder.is_dir():
         raise LoadError(f"{folder}: a file of that name is in the way")
@@ -426,7 +426,8 @@ def replacing(folder: Path, own: Callable[[Path], set[str]]) -> Iterator[Path]:
 
 def _displaced(folder: Path) -> Path:
     """Where the old folder lies in the instant in which a save puts the new one in its place."""
-    return folder.absolute().parent / f".{folder.absolute().name}.replaced"
+    folder = Path(os.path.realpath(folder))
+    return folder.parent / f".{folder.name}.replaced"
 
 
 def _own(folder: Path, variant: str | None) -> set[str]:

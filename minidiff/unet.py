@@ -407,6 +407,7 @@ class UNet(Model):
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
     def make_attention(self, level: int) -> nn.Module:
+        """The attention of one level: over pixels in UNet2DModel, a transformer that reads text in the other."""
         raise NotImplementedError
 
     def embed_time(self, sample: Tensor, timestep: Tensor | float) -> Tensor:

@@ -298,6 +298,17 @@ def test_save_leaves_other_files_and_other_variants(folder):
     DiffusionPipeline.from_pretrained(folder)
 
 
+def test_a_save_through_a_link_replaces_what_it_points_to(folder):
+    (folder.parent / "link").symlink_to("folder")
+    pipe = DiffusionPipeline.from_pretrained(folder, **NO_CHECKER)
+    for _ in range(2):
+        pipe.save_pretrained(folder.parent / "link")
+    assert sorted(os.listdir(folder.parent)) == ["folder", "link"] and (folder.parent / "link").is_symlink()
+    DiffusionPipeline.from_pretrained(folder)
+    folder.rename(folder.with_name(".folder.replaced"))  # as a save leaves it that dies between its two renames
+    DiffusionPipeline.from_pretrained(folder.parent / "link", **NO_CHECKER)
+
+
 def test_a_failed_save_changes_nothing(folder, monkeypatch):
     pipe = DiffusionPipeline.from_pretrained(folder, **NO_CHECKER)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -118,6 +118,10 @@ def test_folders_of_2022_lack_two_keys_of_the_scheduler(sd):
         mended = library.StableDiffusionPipeline(**pipe.components | {"scheduler": library.DDIMScheduler()})
         assert mended.scheduler.config.steps_offset == 1
         assert mended.scheduler.config.clip_sample is False
+        clipping = library.PNDMScheduler.from_config(library.DDIMScheduler(clip_sample=True).config)  # not PNDM's key
+        mended = library.StableDiffusionPipeline(**pipe.components | {"scheduler": clipping})
+        assert type(mended.scheduler) is library.PNDMScheduler
+        assert mended.scheduler.config.clip_sample is False
 
 
 def test_prompt_embeds_stand_for_the_prompt(sd):

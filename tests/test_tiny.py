@@ -1,21 +1,16 @@
 """The models in the box: their data, the scripts that train and judge them, and that the reference draws with them."""
 
 import sys
-from pathlib import Path
 
 import diffusers
+import evaluate_tiny
 import numpy as np
 import pytest
+import sprites
 import torch
+import train_tiny
 
 import minidiff
-
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-sys.path.insert(0, str(NOTEBOOKS))
-
-import evaluate_tiny  # noqa: E402
-import sprites  # noqa: E402
-import train_tiny  # noqa: E402
 
 MODELS = ["tiny-emoji"]
 

@@ -78,7 +78,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if scheduler.config.get("clip_sample", False):
             mended["clip_sample"] = False
         if mended:
-            scheduler = type(scheduler).from_config(scheduler.config, **mended)
+            scheduler = type(scheduler).from_config({**scheduler.config.explicit(), **mended})
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -245,11 +245,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
     ) -> Tensor:
         if isinstance(generator, list | tuple) and len(generator) != shape[0]:
             raise ValueError(f"generator has {len(generator)} entries for {shape[0]} pictures: give one, or one each")
-        if latents is not None:
-            check_tensors(latents=latents)
         if latents is None:
             latents = randn_tensor(shape, generator, self.unet.device, dtype)
-        elif latents.shape != shape:
+        check_tensors(latents=latents)
+        if latents.shape != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; these arguments need {shape}")
         return latents.to(self.unet.device) * self.scheduler.init_noise_sigma
 
