@@ -92,6 +92,8 @@ def fetch(
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"pretrained_model_name_or_path must be a folder or a Hub id, not {type(path).__name__}")
+    if "\0" in os.fspath(path):
+        raise LoadError(f"{path!r}: no path has a null character in it")
     folder = Path(path)
     for place in (folder, _displaced(folder)):  # the latter if a save was cut off between its two renames
         if os.path.isdir(place):  # which says False, unlike Path, where a name is too long
@@ -477,6 +479,8 @@ def _check_variant(variant: str | None) -> None:
 def _check_save(folder: str | os.PathLike, variant: str | None, safe_serialization: bool) -> None:
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"save_directory must be a folder, not {folder!r}")
+    if "\0" in os.fspath(folder):
+        raise ValueError(f"save_directory: no path has a null character in it: {folder!r}")
     _check_variant(variant)
     if safe_serialization is not True:
         raise ValueError("safe_serialization must be True: minidiff reads pickles, and writes none")
