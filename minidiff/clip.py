@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, Model
+from .config import MAX_DEPTH, MAX_WIDTH, Config, Model, check_tensors
 from .unet import Attention
 
 _FILE = "describes the file, not the network"
@@ -43,9 +43,9 @@ class CLIPTextConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings"):
-            self.require(self[key] > 0, key, "be positive")
-        self.require(self.num_hidden_layers > 0, "num_hidden_layers", "be positive")
+        self.require_within(MAX_WIDTH, "vocab_size", "hidden_size", "intermediate_size", "projection_dim")
+        self.require_within(MAX_WIDTH, "max_position_embeddings")
+        self.require_within(MAX_DEPTH, "num_hidden_layers")
         heads = self.num_attention_heads
         self.require(heads > 0 and self.hidden_size % heads == 0, "num_attention_heads", "divide hidden_size")
 
@@ -107,15 +107,23 @@ class CLIPTextModel(Model):
         Stable Diffusion gives no mask: its UNet was trained on states that see the padding.
         """
         c = self.config
-        if input_ids.ndim != 2 or input_ids.shape[1] > c.max_position_embeddings:
+        check_tensors(input_ids=input_ids)
+        if input_ids.ndim != 2 or 0 in input_ids.shape or input_ids.shape[1] > c.max_position_embeddings:
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}; this text encoder takes"
                 f" (batch, length up to {c.max_position_embeddings})"
             )
+        if input_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"input_ids must hold integers (int32 or int64), but are {input_ids.dtype}")
+        if not (torch.compiler.is_compiling() or input_ids.is_meta):  # where there are no values to look at
+            low, high = input_ids.min().item(), input_ids.max().item()
+            if low < 0 or high >= c.vocab_size:
+                raise ValueError(f"input_ids are {low}..{high}; this text encoder knows 0..{c.vocab_size - 1}")
         L = input_ids.shape[1]
         x = self.token_embedding(input_ids) + self.position_embedding.weight[:L]  # (B, L, hidden_size)
         mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()  # causal: row i sees columns up to i
         if attention_mask is not None:
+            check_tensors(attention_mask=attention_mask)
             if attention_mask.shape != input_ids.shape:
                 raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, not that of input_ids")
             mask = mask & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)

@@ -27,6 +27,7 @@ class LoadError(OSError, ValueError):
     """A file of a model folder is missing, damaged or not supported. The message names it."""
 
 
+MAX_WIDTH, MAX_DEPTH, MAX_LEVELS = 2**20, 100, 16  # of channels, tokens, timesteps; of layers; of sizes in a UNet
 MAX_JSON_BYTES = 8 * 2**20  # the largest of real models is a tokenizer of 3 MB
 
 
@@ -99,6 +100,15 @@ class Config(Mapping):
         if not condition:
             raise ConfigError(f"{key}={self[key]!r} is not supported: it must {must}")
 
+    def require_within(self, most: int, *keys: str) -> None:
+        """Raises a ConfigError for the first of `keys` whose number, or one of its numbers, is not in 1..most.
+
+        A damaged file must not cost hours of building, or shapes that overflow: hence limits, far above real models.
+        """
+        for key in keys:
+            values = self[key] if isinstance(self[key], tuple) else (self[key],)
+            self.require(all(1 <= value <= most for value in values), key, f"lie in 1..{most}")
+
     def __getitem__(self, key: str) -> Any:
         if key in self.extra:
             return self.extra[key]
@@ -164,8 +174,22 @@ class Configured:
         save_component(self, folder, **options)
 
 
+def check_tensors(**arguments) -> None:
+    """Raises a TypeError that names the first argument that is no tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, but is {value!r}")
+
+
 class Model(Configured, nn.Module):
     """A network with a config. It holds weights alone, and lives where and in what dtype its parameters do."""
+
+    def check_inputs(self, **inputs: torch.Tensor) -> None:
+        """Raises a TypeError that names the first input that is no tensor, or not of the weights' dtype."""
+        check_tensors(**inputs)
+        for name, value in inputs.items():
+            if value.dtype != self.dtype and not torch.is_autocast_enabled(value.device.type):
+                raise TypeError(f"{name} is {value.dtype}, but this {type(self).__name__} is {self.dtype}: convert one")
 
     @property
     def device(self) -> torch.device:

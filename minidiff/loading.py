@@ -159,7 +159,7 @@ def read_component(cls: type, folder: Path, files: Files) -> Any:
     file = folder / "config.json"
     values = read_json(file)
     if values.get("_class_name", cls.__name__) != cls.__name__:
-        raise LoadError(f"{file}: describes a {values['_class_name']}, not a {cls.__name__}")
+        raise LoadError(f"{file}: _class_name={values['_class_name']!r}, but a {cls.__name__} is asked for")
     config = cls.Config.read(values, str(file))
     with torch.device("meta"):  # no memory, no random first weights
         model = cls(config)

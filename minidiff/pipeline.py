@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import LoadError, read_json
+from .config import Configured, LoadError, read_json
 from .loading import fetch, load_components, save_components, wanted_by_pipeline, which_files
 
 
@@ -30,10 +30,16 @@ class DiffusionPipeline:
     setting_names: ClassVar[tuple[str, ...]] = ()
 
     def register_modules(self, **components: Any) -> None:
-        """Keeps the components as attributes; `components` and `save_pretrained` know them by these names."""
+        """Keeps the components as attributes; `components` and `save_pretrained` know them by these names.
+
+        Raises TypeError for a component of another kind than the subclass's `__init__` is annotated with.
+        """
         self._names = tuple(components)
         self._progress_bar_config: dict[str, Any] = {}
+        kinds = get_type_hints(type(self).__init__)
         for name, component in components.items():
+            if not _serves_as(component, kinds[name]):
+                raise TypeError(f"{name} must be a {kinds[name].__name__}, but is {component!r:.100}")
             setattr(self, name, component)
 
     @property
@@ -130,6 +136,14 @@ def check_finite(finite: list[Tensor], timesteps: list[int]) -> None:
             f"the sample isn't finite after step {i + 1} of {len(flags)} (timestep {timesteps[i]}): a weight or an"
             " argument is NaN or infinite, or the dtype overflows, which torch.bfloat16 and torch.float32 seldom do"
         )
+
+
+def _serves_as(component: Any, kind: type) -> bool:
+    """One of minidiff's own classes must be `kind`; what others wrote (a wrapped model, say) must only look like it."""
+    if isinstance(component, kind | Configured | type | None):
+        return isinstance(component, kind)
+    looks = callable(component) or hasattr(component, "step")
+    return looks and isinstance(component, nn.Module) == issubclass(kind, nn.Module)
 
 
 def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:

@@ -117,9 +117,12 @@ class CLIPTokenizer:
         config = TokenizerConfig.read(config)
         named = {key: str(config[key]) for key in SPECIAL}
         added = config.added_tokens_decoder
-        ids = vocab.values()
-        if not all(type(index) is int and 0 <= index < 2**32 for index in ids) or len(set(ids)) < len(ids):
-            raise ValueError("vocab must map tokens to ids, whole numbers from 0 that are all different")
+        seen: dict[int, str] = {}
+        for token, index in vocab.items():
+            if type(index) is not int or not 0 <= index < 2**32:
+                raise ValueError(f"vocab maps {token!r} to {index!r}, which is no whole number from 0")
+            if seen.setdefault(index, token) != token:
+                raise ValueError(f"vocab maps both {seen[index]!r} and {token!r} to {index}")
         for key, text in named.items():
             if text not in vocab and text not in map(str, added.values()):
                 raise ValueError(f"vocab has no {text!r}, the {key}")

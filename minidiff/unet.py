@@ -8,6 +8,7 @@ Read from top to bottom: small blocks first, the models last. B is the batch, C 
 """
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, Model
+from .config import MAX_DEPTH, MAX_LEVELS, MAX_WIDTH, Config, Model
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -273,11 +274,11 @@ class UNetConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         levels = len(self.block_out_channels)
-        for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            self.require(self[key] > 0, key, "be positive")
-        self.require(levels > 0, "block_out_channels", "name at least one level")
+        self.require_within(MAX_WIDTH, "in_channels", "out_channels", "norm_num_groups", "block_out_channels")
+        self.require_within(MAX_DEPTH, "layers_per_block")
+        self.require(0 < levels <= MAX_LEVELS, "block_out_channels", f"name 1 to {MAX_LEVELS} levels")
         groups = self.norm_num_groups
-        fits = all(c > 0 and c % 2 == 0 and c % groups == 0 for c in self.block_out_channels)
+        fits = all(c % 2 == 0 and c % groups == 0 for c in self.block_out_channels)
         self.require(fits, "block_out_channels", f"hold even multiples of norm_num_groups={groups}")
         waves = self.block_out_channels[0] // 2  # timestep_embedding divides by their number less freq_shift
         self.require(0 <= self.freq_shift < waves, "freq_shift", f"lie in 0..{waves - 1}")
@@ -289,7 +290,6 @@ class UNetConfig(Config):
         levels = len(self.block_out_channels)
         values = self[key] if isinstance(self[key], tuple) else (self[key],) * levels
         self.require(len(values) == levels, key, f"have {levels} values, one for each of block_out_channels")
-        self.require(all(n > 0 for n in values), key, "be positive")
         return values
 
 
@@ -352,14 +352,16 @@ class UNet2DConditionConfig(UNetConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.cross_attention_dim > 0, "cross_attention_dim", "be positive")
+        self.require_within(MAX_WIDTH, "cross_attention_dim", "attention_head_dim")
+        self.require_within(MAX_DEPTH, "transformer_layers_per_block")
         self.per_level("transformer_layers_per_block")
         heads = self.per_level("attention_head_dim")
         fits = all(c % n == 0 for c, n in zip(self.block_out_channels, heads, strict=True))
         self.require(fits, "attention_head_dim", "divide block_out_channels level by level: it is the number of heads")
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-            fits = self.addition_embed_type is None or (self[key] or 0) > 2 * self.freq_shift
-            self.require(fits, key, 'be positive, and over 2 * freq_shift, for addition_embed_type="text_time"')
+            fits = self.addition_embed_type is None or 2 * self.freq_shift < (self[key] or 0) <= MAX_WIDTH
+            must = f'lie between 2 * freq_shift and {MAX_WIDTH}, for addition_embed_type="text_time"'
+            self.require(fits, key, must)
 
 
 class UNet(Model):
@@ -413,6 +415,8 @@ class UNet(Model):
     def embed_time(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """(B, time_dim): one timestep for all samples, or one for each."""
         c = self.config
+        if not isinstance(timestep, Tensor | numbers.Real):
+            raise TypeError(f"timestep must be a number or a tensor, but is {timestep!r}")
         t = torch.as_tensor(timestep, device=sample.device)
         if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(sample))):
             raise ValueError(f"timestep has shape {tuple(t.shape)}; it must be one number or one for each sample")
@@ -432,11 +436,15 @@ class UNet(Model):
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def check(self, sample: Tensor) -> None:
+        self.check_inputs(sample=sample)
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels or 0 in sample.shape:
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; this {type(self).__name__} takes"
                 f" (batch, {self.config.in_channels}, height, width)"
             )
+        least = 2 ** (len(self.down) - 1)  # with symmetric padding one pixel can be halved again and again
+        if not self.config.downsample_padding and min(sample.shape[2:]) < least:
+            raise ValueError(f"sample has shape {tuple(sample.shape)}; height and width must be at least {least}")
 
 
 class UNet2DModel(UNet):
@@ -519,6 +527,7 @@ class UNet2DConditionModel(UNet):
         """
         self.check(sample)
         states = encoder_hidden_states
+        self.check_inputs(encoder_hidden_states=states)
         if states.ndim != 3 or len(states) != len(sample) or states.shape[-1] != self.config.cross_attention_dim:
             raise ValueError(
                 f"encoder_hidden_states has shape {tuple(states.shape)}; this UNet takes"

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, Model
+from .config import MAX_DEPTH, MAX_LEVELS, MAX_WIDTH, Config, Model
 from .noise import Generators, randn_tensor
 from .unet import Downsample, MidBlock, PixelAttention, ResnetBlock, Upsample
 
@@ -137,12 +137,13 @@ class AutoencoderConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-            self.require(self[key] > 0, key, "be positive")
+        self.require_within(MAX_WIDTH, "in_channels", "out_channels", "latent_channels", "norm_num_groups")
+        self.require_within(MAX_WIDTH, "block_out_channels")
+        self.require_within(MAX_DEPTH, "layers_per_block")
         self.require(self.scaling_factor != 0, "scaling_factor", "not be zero")
         widths, groups = self.block_out_channels, self.norm_num_groups
-        self.require(len(widths) > 0, "block_out_channels", "name at least one level")
-        fits = all(c > 0 and c % groups == 0 for c in widths)
+        self.require(0 < len(widths) <= MAX_LEVELS, "block_out_channels", f"name 1 to {MAX_LEVELS} levels")
+        fits = all(c % groups == 0 for c in widths)
         self.require(fits, "block_out_channels", f"hold multiples of norm_num_groups={groups}")
         for key in ("down_block_types", "up_block_types"):
             self.require(len(self[key]) == len(widths), key, f"name {len(widths)} blocks, as block_out_channels does")
@@ -190,5 +191,6 @@ class AutoencoderKL(Model):
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode())
 
     def _check(self, x: Tensor, name: str, channels: int) -> None:
-        if x.ndim != 4 or x.shape[1] != channels:
+        self.check_inputs(**{name: x})
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; this AutoencoderKL takes (batch, {channels}, h, w)")

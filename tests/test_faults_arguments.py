@@ -176,25 +176,90 @@ def test_add_noise(cls):
 
 
 def test_models(tiny_models):
-    """Tensors of wrong shapes."""
+    """Inputs that are no tensors, of wrong shapes, or of another dtype than the weights."""
     unet, condition = tiny_models["UNet2DModel"], tiny_models["UNet2DConditionModel"]
     vae, text = tiny_models["AutoencoderKL"], tiny_models["CLIPTextModel"]
     x, latents, states = torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8), torch.zeros(2, 5, 8)
     for value in (x[:, :2], x[0], x[..., :7], x.new_zeros(2, 3, 0, 8)):
         refuses("sample", unet, value, 3)
-    for value in (torch.zeros(3), torch.zeros(2, 2)):
+    for value in (None, 3, "x", np.zeros((2, 3, 8, 8)), x.double(), x.int(), x.half()):
+        refuses("sample", unet, value, 3)
+        refuses("sample", condition, value, 3, states)
+        refuses("encoder_hidden_states", condition, latents, 3, value)
+        refuses("x", vae.encode, value)
+        refuses("z", vae.decode, value)
+    for value in (torch.zeros(3), torch.zeros(2, 2), None, "3", [3], np.zeros(2)):
         refuses("timestep", unet, x, value)
         refuses("timestep", condition, latents, value, states)
     for value in (latents[:, :3], latents[0]):
         refuses("sample", condition, value, 3, states)
     for value in (states[:1], states[0], states[..., :7]):
         refuses("encoder_hidden_states", condition, latents, 3, value)
-    for value in (x[:, :2], x[0], torch.zeros(1, 3, 1, 1)):
+    for value in (x[:, :2], x[0], x[:0], torch.zeros(1, 3, 1, 1)):
         refuses("x", vae.encode, value)
     for value in (x, latents[0]):
         refuses("z", vae.decode, value)
-    for value in (torch.zeros(2, 17).long(), torch.zeros(3).long()):
+    ids = torch.zeros(2, 5).long()
+    for value in (torch.zeros(2, 17).long(), ids[0], ids[:, :0], ids[:0], ids.float(), ids.bool(), None, [[1]], "a"):
         refuses("input_ids", text, value)
+    for value in (ids - 1, ids + text.config.vocab_size, ids + 2**40):
+        refuses("input_ids", text, value)
+    for value in (ids[:, :4], ids[0], "mask", [[1] * 5] * 2):
+        refuses("attention_mask", text, ids, value)
+
+
+@pytest.mark.parametrize("side", (1, 2, 3, 4, 5, 7))
+def test_pictures_too_small_for_unpadded_downsampling(side):
+    """DDPM's padding halves a side rounding down, and there is no half of one pixel."""
+    unet = m.UNet2DConditionModel(
+        **{"block_out_channels": (4, 4, 4), "norm_num_groups": 2, "cross_attention_dim": 4, "attention_head_dim": 2},
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
+        downsample_padding=0,
+    )
+    x, states = torch.zeros(1, 4, side, 8), torch.zeros(1, 2, 4)
+    if side < 4:
+        refuses("sample", unet, x, 3, states)
+    else:
+        assert unet(x, 3, states).sample.shape == x.shape
+
+
+def test_constructors_of_pipelines(pipes):
+    sd, ddpm = pipes["sd"].components, pipes["ddpm"].components
+    wrong = {
+        "vae": (sd["unet"], None, "vae", m.AutoencoderKL),
+        "text_encoder": (sd["unet"], None, "text", sd["tokenizer"]),
+        "tokenizer": (sd["text_encoder"], None, "tokenizer", m.CLIPTokenizer),
+        "unet": (ddpm["unet"], sd["vae"], None, 3, m.UNet2DConditionModel),
+        "scheduler": (sd["unet"], None, "pndm", m.PNDMScheduler, sd["scheduler"].config),
+        "safety_checker": (sd["unet"], "yes", False),
+        "feature_extractor": (sd["unet"], "yes", False),
+        "image_encoder": (sd["unet"], "yes", False),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            refuses(name, m.StableDiffusionPipeline, **{**sd, name: value})
+    for pipeline in (m.DDPMPipeline, m.DDIMPipeline, m.PNDMPipeline):
+        for value in (sd["unet"], None, "unet", m.UNet2DModel):
+            refuses("unet", pipeline, value, ddpm["scheduler"])
+        for value in (ddpm["unet"], None, "ddpm", m.DDPMScheduler):
+            refuses("scheduler", pipeline, ddpm["unet"], value)
+
+
+def test_wrapped_models_are_taken(pipes):
+    """Researchers' own modules serve as components, if they are modules."""
+
+    class Halved(torch.nn.Module):
+        def __init__(self, unet):
+            super().__init__()
+            self.unet, self.config, self.device, self.dtype = unet, unet.config, unet.device, unet.dtype
+
+        def forward(self, *arguments):
+            return m.unet.UNetOutput(self.unet(*arguments).sample / 2)
+
+    pipe = m.StableDiffusionPipeline(**{**pipes["sd"].components, "unet": Halved(pipes["sd"].unet)})
+    pipe.set_progress_bar_config(disable=True)
+    assert not np.array_equal(picture(pipe).images, picture(pipes["sd"]).images)
 
 
 # Runs that end early

@@ -127,7 +127,7 @@ def test_single_components(sd_folder):
     assert scheduler.config.steps_offset == 1 and scheduler.config.clip_sample is False
     tokenizer = minidiff.CLIPTokenizer.from_pretrained(sd_folder, subfolder="tokenizer")
     assert tokenizer("hello!").input_ids == [49406, 3306, 256, 49407]
-    with pytest.raises(LoadError, match="describes a AutoencoderKL, not a UNet2DConditionModel"):
+    with pytest.raises(LoadError, match="_class_name='AutoencoderKL', but a UNet2DConditionModel"):
         minidiff.UNet2DConditionModel.from_pretrained(sd_folder, subfolder="vae")
 
 

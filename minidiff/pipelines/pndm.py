@@ -12,7 +12,8 @@ from .unconditional import UnconditionalPipeline
 
 class PNDMPipeline(UnconditionalPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
-        super().__init__(unet, PNDMScheduler.from_config(scheduler.config))  # folders often hold DDPM's
+        super().__init__(unet, scheduler)
+        self.scheduler = PNDMScheduler.from_config(scheduler.config)  # folders often hold DDPM's
 
     @torch.no_grad()
     def __call__(

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..clip import CLIPTextModel
+from ..config import check_tensors
 from ..images import check_output_type, to_output
 from ..noise import Generators, randn_tensor
 from ..pipeline import DiffusionPipeline, check_finite
-from ..schedulers.base import Scheduler, check_number, check_tensors
+from ..schedulers.base import Scheduler, check_number
 from ..tokenizer import CLIPTokenizer
 from ..unet import UNet2DConditionModel
 from ..vae import AutoencoderKL
@@ -62,9 +63,22 @@ class StableDiffusionPipeline(DiffusionPipeline):
         image_encoder: None = None,
         requires_safety_checker: bool = True,
     ):
-        for name, part in (("safety_checker", safety_checker), ("image_encoder", image_encoder)):
+        optional = {
+            "safety_checker": safety_checker,
+            "feature_extractor": feature_extractor,
+            "image_encoder": image_encoder,
+        }
+        for name, part in optional.items():
             if part is not None:
                 raise ValueError(f"{name} must be None: minidiff has none yet")
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            **optional,
+        )
         if unet.config.in_channels != vae.config.latent_channels:
             raise ValueError(
                 f"unet has {unet.config.in_channels} input channels, but the vae makes latents of"
@@ -78,17 +92,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if scheduler.config.get("clip_sample", False):
             mended["clip_sample"] = False
         if mended:
-            scheduler = type(scheduler).from_config({**scheduler.config.explicit(), **mended})
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
+            self.scheduler = type(scheduler).from_config({**scheduler.config.explicit(), **mended})
         self.requires_safety_checker = requires_safety_checker
 
     @torch.no_grad()

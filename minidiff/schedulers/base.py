@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ..config import Config, Configured
+from ..config import MAX_WIDTH, Config, Configured, check_tensors
 
 OTHER_SCHEDULERS_KEYS = """
     algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range disable_corrector
@@ -52,7 +52,7 @@ class SchedulerConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         betas = self.trained_betas
-        self.require(self.num_train_timesteps >= 1, "num_train_timesteps", "be at least 1")
+        self.require_within(MAX_WIDTH, "num_train_timesteps")
         self.require(0 <= self.beta_start <= 1, "beta_start", "lie in 0..1")
         self.require(0 <= self.beta_end <= 1, "beta_end", "lie in 0..1")
         if betas is not None:
@@ -268,10 +268,3 @@ def to_device(timesteps: Sequence[int] | np.ndarray, device: torch.device | str 
         return torch.as_tensor(timesteps, device=device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not supported: {error}") from None
-
-
-def check_tensors(**arguments) -> None:
-    """Raises a TypeError that names the first argument that is no tensor."""
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, but is {value!r}")

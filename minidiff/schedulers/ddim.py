@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ..config import check_tensors
 from ..noise import randn_tensor
-from .base import Scheduler, SchedulerConfig, check_number, check_tensors, to_device
+from .base import Scheduler, SchedulerConfig, check_number, to_device
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ..config import check_tensors
 from ..noise import randn_tensor
-from .base import Scheduler, SchedulerConfig, as_integer, check_tensors, to_device
+from .base import Scheduler, SchedulerConfig, as_integer, to_device
 
 
 @dataclass(frozen=True, eq=False)
