@@ -120,9 +120,9 @@ class CLIPTokenizer:
         seen: dict[int, str] = {}
         for token, index in vocab.items():
             if type(index) is not int or not 0 <= index < 2**32:
-                raise ValueError(f"vocab maps {token!r} to {index!r}, which is no whole number from 0")
+                raise ValueError(f"vocab maps {token!r} to {index!r}: ids are whole numbers from 0")
             if seen.setdefault(index, token) != token:
-                raise ValueError(f"vocab maps both {seen[index]!r} and {token!r} to {index}")
+                raise ValueError(f"vocab maps both {seen[index]!r} and {token!r} to {index}: ids must be different")
         for key, text in named.items():
             if text not in vocab and text not in map(str, added.values()):
                 raise ValueError(f"vocab has no {text!r}, the {key}")
@@ -326,8 +326,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _read_added_tokens(file: Path, special: set[str]) -> dict[int, dict]:
     values = read_json(file)
-    if not all(type(index) is int and index >= 0 for index in values.values()):
-        raise LoadError(f"{file} must map tokens to ids")
+    for text, index in values.items():
+        if type(index) is not int or index < 0:
+            raise LoadError(f"{file} maps {text!r} to {index!r}: ids are whole numbers from 0")
     return {
         index: {"content": text, "special": text in special, "normalized": text not in special}
         for text, index in values.items()
@@ -341,7 +342,8 @@ def _read_tokenizer(file: Path) -> tuple[dict[str, int], list[tuple[str, str]], 
         vocab, merges = dict(values["model"]["vocab"]), list(values["model"]["merges"])
         added = {token["id"]: token for token in values["added_tokens"]}
     except (KeyError, TypeError, ValueError) as error:
-        raise LoadError(f"{file} is not that of a byte-pair tokenizer: {type(error).__name__} {error}") from None
+        must = "model must hold vocab and merges, added_tokens a list of tokens with ids"
+        raise LoadError(f"{file} is not that of a byte-pair tokenizer: {must} ({error!r})") from None
     return vocab, _pairs(file, merges), added
 
 

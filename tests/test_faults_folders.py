@@ -134,7 +134,6 @@ JUNK = st.one_of(
 
 @pytest.mark.parametrize("file", JSONS)
 @given(st.data())
-@settings(max_examples=500)
 def test_retyped_values(tiny_sd_folder, tmp_path_factory, file, data):
     """Any key with any value: it is refused, with file and key, or is a legal value of that key, and loads."""
     folder = shutil.copytree(tiny_sd_folder, tmp_path_factory.mktemp("typed") / "sd")

@@ -21,7 +21,9 @@ import minidiff as m
 from minidiff.schedulers.base import rescale_zero_terminal_snr
 from minidiff.schedulers.pndm import PLMS_WEIGHTS
 
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}  # float64 against float64
+# Float64 against float64. Measured over 400 cases of each: additions and products at most 1e-13, where they are divided
+# by a small alpha_bar 3e-12
+CLOSE, DIVIDED = {"rtol": 1e-12, "atol": 1e-12}, {"rtol": 3e-11, "atol": 3e-11}
 SHAPE = (2, 3, 2, 2)
 SCHEDULERS = (m.DDPMScheduler, m.DDIMScheduler, m.PNDMScheduler)
 SPACINGS = ("leading", "trailing", "linspace")
@@ -179,8 +181,8 @@ def test_a_ddim_step_lands_on_the_forward_process(run, prediction_type, set_alph
         t_prev = t - len(scheduler) // n
         out = scheduler.step(said(prediction_type, alpha_bar, x0, eps), t, noised(alpha_bar, x0, eps))
         expected = noised(alpha_bar_at(scheduler, t_prev), x0, eps)
-        torch.testing.assert_close(out.prev_sample, expected, rtol=1e-7, atol=1e-7)
-        torch.testing.assert_close(out.pred_original_sample, x0, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out.prev_sample, expected, **DIVIDED)
+        torch.testing.assert_close(out.pred_original_sample, x0, **DIVIDED)
 
 
 @given(runs(("leading",)), st.sampled_from(PREDICTIONS), seeds)
@@ -201,7 +203,7 @@ def test_ddim_inverts(run, prediction_type, seed):
     alpha_bar = alpha_bar_at(scheduler, t_last)
     x0 = (sample - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)
     back = noised(alpha_bar_at(scheduler, scheduler.timesteps[0].item()), x0, eps)
-    torch.testing.assert_close(back, start, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(back, start, **CLOSE)
 
 
 @given(runs(), st.floats(0, 1), seeds, st.data())
@@ -216,7 +218,7 @@ def test_ddims_eta_is_the_share_of_the_posteriors_deviation(run, eta, seed, data
     _, variance = posterior(a, b)
     expected = math.sqrt(b) * x0 + eta * math.sqrt(variance) * z + math.sqrt(1 - b - eta**2 * variance) * eps
     got = scheduler.step(eps, t, noised(a, x0, eps), eta=eta, variance_noise=z).prev_sample
-    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(got, expected, **DIVIDED)
 
 
 # DDPM
@@ -274,8 +276,8 @@ def test_a_ddpm_step_is_the_posterior_of_bayes_rule(variance_type, run, predicti
     z, generator = drawn(seed)
     expected = mean(x_t, x0) + (torch.as_tensor(variance) ** 0.5 * z if t > 0 else 0)
     out = scheduler.step(output, t, x_t, generator=generator)
-    torch.testing.assert_close(out.prev_sample, expected, rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(out.pred_original_sample, x0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.prev_sample, expected, rtol=1e-7, atol=1e-7)  # 9e-8: logarithms are float32
+    torch.testing.assert_close(out.pred_original_sample, x0, **DIVIDED)
 
 
 @given(schedules(), st.integers(1, 50), st.sampled_from(PREDICTIONS), seeds, st.data())
@@ -293,8 +295,8 @@ def test_ddim_with_eta_1_is_ddpm(config, n, prediction_type, seed, data):
     z, generator = drawn(seed)
     out = ddim.step(output, t, sample, eta=1.0, variance_noise=z)
     expected = ddpm.step(output, t, sample, generator=generator)
-    torch.testing.assert_close(out.prev_sample, expected.prev_sample, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(out.pred_original_sample, expected.pred_original_sample, **CLOSE)
+    torch.testing.assert_close(out.prev_sample, expected.prev_sample, **DIVIDED)
+    torch.testing.assert_close(out.pred_original_sample, expected.pred_original_sample, **DIVIDED)
 
 
 @given(runs(), st.sampled_from((m.DDPMScheduler, m.DDIMScheduler)), seeds, st.data())
@@ -311,8 +313,8 @@ def test_three_forms_of_one_prediction_give_one_step(run, cls, seed, data):
         output, sample = said(prediction_type, alpha_bar, x0, eps), noised(alpha_bar, x0, eps)
         results.append(scheduler.step(output, t, sample, generator=torch.Generator().manual_seed(0)))
     for other in results[1:]:
-        torch.testing.assert_close(other.prev_sample, results[0].prev_sample, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(other.pred_original_sample, results[0].pred_original_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.prev_sample, results[0].prev_sample, **DIVIDED)
+        torch.testing.assert_close(other.pred_original_sample, results[0].pred_original_sample, **DIVIDED)
 
 
 # PNDM
@@ -388,9 +390,9 @@ def test_pndm_is_the_papers_run(run, prediction_type, skip_prk_steps, set_alpha_
     assert scheduler.timesteps.tolist() == [t for t, _ in seen]
     sample = normal(seed)
     for t, x in seen:
-        torch.testing.assert_close(sample, x, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(sample, x, **DIVIDED)
         sample = scheduler.step((sample + t).sin(), t, sample).prev_sample
-    torch.testing.assert_close(sample, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sample, expected, **DIVIDED)
 
 
 # Convergence, on data whose score is known
