@@ -276,7 +276,7 @@ def test_a_ddpm_step_is_the_posterior_of_bayes_rule(variance_type, run, predicti
     z, generator = drawn(seed)
     expected = mean(x_t, x0) + (torch.as_tensor(variance) ** 0.5 * z if t > 0 else 0)
     out = scheduler.step(output, t, x_t, generator=generator)
-    torch.testing.assert_close(out.prev_sample, expected, rtol=1e-7, atol=1e-7)  # 9e-8: logarithms are float32
+    torch.testing.assert_close(out.prev_sample, expected, rtol=1e-7, atol=1e-7)  # 9e-8: a root of what is near 0
     torch.testing.assert_close(out.pred_original_sample, x0, **DIVIDED)
 
 
