@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import Configured, LoadError, read_json
 from .loading import fetch, load_components, save_components, wanted_by_pipeline, which_files
