@@ -35,7 +35,7 @@ __all__ = [
 
 
 def bundled(name: str) -> Path:
-    """The folder of a trained model that comes with the package: "tiny-emoji". Raises ValueError for another name."""
+    """The folder of a model that comes with the package: "tiny-emoji" or "tiny-ddpm". Raises ValueError for others."""
     folders = Path(__file__).parent / "bundled"
     names = sorted(folder.parent.name for folder in folders.glob("*/model_index.json"))
     if name not in names:

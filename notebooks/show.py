@@ -16,7 +16,7 @@ def show(pictures, titles=(), columns: int = 8, size: float = 1.1) -> None:
     for axis in np.ravel(axes):
         axis.axis("off")
     for i, (axis, picture) in enumerate(zip(np.ravel(axes), pictures, strict=False)):
-        axis.imshow(picture, cmap="gray", interpolation="nearest")
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(titles[i] if i < len(titles) else "", fontsize=8, pad=3)
     figure.tight_layout(pad=0.3)
     plt.show()

@@ -12,7 +12,8 @@ import train_tiny
 
 import minidiff
 
-MODELS = ["tiny-emoji"]
+CALLS = {"tiny-emoji": {"prompt": ["a red apple on a blue background", "panda"]}, "tiny-ddpm": {"batch_size": 2}}
+MODELS = list(CALLS)
 
 
 def test_every_emoji_and_every_colour_is_shown_and_held_out():
@@ -95,9 +96,9 @@ def test_bundled_model_draws_the_references_pictures(name):
     for library in (minidiff, diffusers):
         pipe = library.DiffusionPipeline.from_pretrained(minidiff.bundled(name), torch_dtype=torch.float32)
         pipe.set_progress_bar_config(disable=True)
-        prompts = ["a red apple on a blue background", "panda"]
         generator = torch.Generator().manual_seed(0)
-        pictures.append(pipe(prompts, num_inference_steps=20, generator=generator, output_type="np").images)
+        options = {"num_inference_steps": 20, "generator": generator, "output_type": "np"}
+        pictures.append(pipe(**CALLS[name], **options).images)
     assert np.abs(pictures[0] - pictures[1]).max() < 1e-4
 
 
@@ -106,3 +107,15 @@ def test_bundled_emoji_are_the_ones_asked_for():
     pipe.set_progress_bar_config(disable=True)
     some = sprites.held_out() & (torch.arange(160) % 20 == 0)[:, None]
     assert evaluate_tiny.share_right(pipe, some, evaluate_tiny.GUIDANCE) >= 7 / 8
+
+
+def test_bundled_ddpm_draws_what_lies_near_the_renders():
+    """Nearer than a render of another emoji would lie, on average, and on a background of the ten colours."""
+    pipe = minidiff.DDIMPipeline.from_pretrained(minidiff.bundled("tiny-ddpm"), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 50, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    pictures = pipe(batch_size=16, **options).images
+    assert evaluate_tiny.nearest(pictures)[1].mean() < evaluate_tiny.FARTHEST
+    colours = torch.tensor(list(sprites.COLOURS.values())) / 255
+    corners = pictures[:, :, :2, :2].mean(dim=(2, 3))
+    assert torch.cdist(corners, colours).min(dim=1).values.median() < 0.15

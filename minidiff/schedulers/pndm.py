@@ -26,7 +26,8 @@ class PNDMConfig(SchedulerConfig):
 class PNDMScheduler(Scheduler):
     """Fourth order from the last four predictions (PLMS), which Runge-Kutta (PRK) or lower orders have to start.
 
-    The averages are those of the model's raw outputs: eps or v, as the config says.
+    The averages are those of the model's raw outputs: eps or v, as the config says. With eps the error against the
+    exact solution falls with the square of the steps; with v, whose meaning changes with the timestep, as DDIM's does.
     """
 
     Config = PNDMConfig
