@@ -68,6 +68,14 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
+def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of convolutions and linear layers, and AdamW, at half its rate, for all other parameters."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    matrices = [layer.weight for layer in layers if min(layer.weight.flatten(1).shape) >= 8]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    return [Muon(matrices, lr), torch.optim.AdamW(others, lr / 2, betas=(0.9, 0.99), weight_decay=0.0)]
+
+
 def train(
     model: nn.Module,
     loss: Callable[[], Tensor],
@@ -83,10 +91,7 @@ def train(
     a checkpoint, from which the next call resumes, and what the averaged model can do: pictures of `show()`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    matrices = [layer.weight for layer in layers if min(layer.weight.flatten(1).shape) >= 8]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    peaks = {Muon(matrices, lr): lr, torch.optim.AdamW(others, lr / 2, betas=(0.9, 0.99), weight_decay=0.0): lr / 2}
+    peaks = {optimizer: optimizer.param_groups[0]["lr"] for optimizer in optimizers(model, lr)}
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     first, seconds, checkpoint = 0, 0.0, folder / "checkpoint.pt"
     if checkpoint.exists():

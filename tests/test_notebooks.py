@@ -31,10 +31,7 @@ def code(notebook):
 
 def shown(cell):
     """The kinds of a cell's outputs: streams by name, results and pictures by what they hold."""
-    kinds = {
-        output.name if output.output_type == "stream" else tuple(output.get("data", [])) for output in cell.outputs
-    }
-    return sorted(map(str, kinds))
+    return sorted({str(output.get("name") or sorted(output.data)) for output in cell.outputs})
 
 
 def run(notebook, tmp_path, monkeypatch):
