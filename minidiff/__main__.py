@@ -1,6 +1,7 @@
 """python -m minidiff "a red apple on a blue background": text to a picture file, from the command line."""
 
 import argparse
+import difflib
 import json
 import re
 import sys
@@ -109,7 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
 def warn_of_unknown_words(prompt: str, words: list[str]) -> None:
     for word in re.findall(r"[^\W_]+", prompt.lower()):
         if word not in words:
-            warnings.warn(f"{BUNDLED} has never seen the word {word!r}; --list prints what it knows", stacklevel=2)
+            near = difflib.get_close_matches(word, words, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "--list prints what it knows"
+            warnings.warn(f"{BUNDLED} has never seen the word {word!r}; {hint}", stacklevel=2)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def test_the_bundled_model_draws_what_the_prompt_says(tmp_path, monkeypatch, cap
 def test_unknown_words_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["a purple platypus", "--steps", "1"]) == 0
-    assert "warning: tiny-emoji has never seen the word 'platypus'" in capsys.readouterr().err
+    assert "warning: tiny-emoji has never seen the word 'platypus'; --list" in capsys.readouterr().err
+    assert main(["a red aple", "--steps", "1"]) == 0
+    assert "'aple'; did you mean 'apple'?" in capsys.readouterr().err
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert "red apple" in out and "Backgrounds: " in out
