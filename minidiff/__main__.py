@@ -110,8 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
 def warn_of_unknown_words(prompt: str, words: list[str]) -> None:
     for word in re.findall(r"[^\W_]+", prompt.lower()):
         if word not in words:
-            near = difflib.get_close_matches(word, words, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "--list prints what it knows"
+            near = difflib.get_close_matches(word, words, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--list prints what it knows"
             warnings.warn(f"{BUNDLED} has never seen the word {word!r}; {hint}", stacklevel=2)
 
 
