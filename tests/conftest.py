@@ -21,6 +21,12 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
+
+def pytest_collection_modifyitems(items):
+    """The notebooks first: they take longest, and at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
+
+
 BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 256 + 68))]
 MERGES = [("a", "p"), ("r", "e"), ("re", "d</w>"), ("ap", "p"), ("l", "e</w>"), ("app", "le</w>")]
 TOKENS = [*BYTES, *(byte + "</w>" for byte in BYTES), *("".join(pair) for pair in MERGES)]
