@@ -43,8 +43,8 @@ class CLIPTextConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_within(MAX_WIDTH, "vocab_size", "hidden_size", "intermediate_size", "projection_dim")
-        self.require_within(MAX_WIDTH, "max_position_embeddings")
+        widths = ("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings")
+        self.require_within(MAX_WIDTH, *widths)
         self.require_within(MAX_DEPTH, "num_hidden_layers")
         heads = self.num_attention_heads
         self.require(heads > 0 and self.hidden_size % heads == 0, "num_attention_heads", "divide hidden_size")

@@ -90,10 +90,7 @@ def fetch(
 
     Raises LoadError if there is no such folder and no such repository, TypeError if `path` isn't a path.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"pretrained_model_name_or_path must be a folder or a Hub id, not {type(path).__name__}")
-    if "\0" in os.fspath(path):
-        raise LoadError(f"{path!r}: no path has a null character in it")
+    _check_path(path, "pretrained_model_name_or_path", "a folder or a Hub id")
     folder = Path(path)
     for place in (folder, _displaced(folder)):  # the latter if a save was cut off between its two renames
         if os.path.isdir(place):  # which says False, unlike Path, where a name is too long
@@ -471,16 +468,20 @@ def which_files(dtype: torch.dtype | None, variant: str | None, use_safetensors:
     return Files(dtype or torch.float32, variant, use_safetensors)
 
 
+def _check_path(path: str | os.PathLike, argument: str, must: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument} must be {must}, not {path!r}")
+    if "\0" in os.fspath(path):
+        raise LoadError(f"{argument}={path!r}: no path has a null character in it")
+
+
 def _check_variant(variant: str | None) -> None:
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"\w+", variant)):
         raise ValueError(f'variant must be a word such as "fp16", not {variant!r}')
 
 
 def _check_save(folder: str | os.PathLike, variant: str | None, safe_serialization: bool) -> None:
-    if not isinstance(folder, str | os.PathLike):
-        raise TypeError(f"save_directory must be a folder, not {folder!r}")
-    if "\0" in os.fspath(folder):
-        raise ValueError(f"save_directory: no path has a null character in it: {folder!r}")
+    _check_path(folder, "save_directory", "a folder")
     _check_variant(variant)
     if safe_serialization is not True:
         raise ValueError("safe_serialization must be True: minidiff reads pickles, and writes none")

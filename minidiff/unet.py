@@ -408,6 +408,11 @@ class UNet(Model):
         self.norm_out = nn.GroupNorm(groups, widths[0], eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
+    @property
+    def factor(self) -> int:
+        """How many pixels of the sample one in the middle spans, in height and in width."""
+        return 2 ** (len(self.down) - 1)
+
     def make_attention(self, level: int) -> nn.Module:
         """The attention of one level: over pixels in UNet2DModel, a transformer that reads text in the other."""
         raise NotImplementedError
@@ -442,9 +447,9 @@ class UNet(Model):
                 f"sample has shape {tuple(sample.shape)}; this {type(self).__name__} takes"
                 f" (batch, {self.config.in_channels}, height, width)"
             )
-        least = 2 ** (len(self.down) - 1)  # with symmetric padding one pixel can be halved again and again
-        if not self.config.downsample_padding and min(sample.shape[2:]) < least:
-            raise ValueError(f"sample has shape {tuple(sample.shape)}; height and width must be at least {least}")
+        # With symmetric padding one pixel can be halved again and again
+        if not self.config.downsample_padding and min(sample.shape[2:]) < self.factor:
+            raise ValueError(f"sample has shape {tuple(sample.shape)}; height and width must be at least {self.factor}")
 
 
 class UNet2DModel(UNet):
@@ -466,9 +471,10 @@ class UNet2DModel(UNet):
         place in the reference's signature; no supported checkpoint has classes.
         """
         self.check(sample)
-        factor = 2 ** (len(self.down) - 1)
-        if sample.shape[2] % factor or sample.shape[3] % factor:
-            raise ValueError(f"sample has shape {tuple(sample.shape)}; height and width must be multiples of {factor}")
+        if any(side % self.factor for side in sample.shape[2:]):
+            raise ValueError(
+                f"sample has shape {tuple(sample.shape)}; height and width must be multiples of {self.factor}"
+            )
         if class_labels is not None:
             raise ValueError("class_labels was given; no supported UNet2DModel is conditioned on classes")
         out = self.denoise(sample, self.embed_time(sample, timestep))

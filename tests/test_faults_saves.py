@@ -203,6 +203,8 @@ def test_folders_of_a_wrong_type(tiny_ddpm_folder, folder):
     pipe = m.DDPMPipeline.from_pretrained(tiny_ddpm_folder)
     with pytest.raises(TypeError, match="save_directory"):
         pipe.save_pretrained(folder)
+    with pytest.raises(m.LoadError, match=r"save_directory.*null character"):
+        pipe.save_pretrained("s\0d")
 
 
 def test_interrupted_save(folder, tiny_sd_folder, monkeypatch):
