@@ -470,7 +470,7 @@ def which_files(dtype: torch.dtype | None, variant: str | None, use_safetensors:
 
 def _check_path(path: str | os.PathLike, argument: str, must: str) -> None:
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{argument} must be {must}, not {path!r}")
+        raise TypeError(f"{argument} must be {must}, not {type(path).__name__}")
     if "\0" in os.fspath(path):
         raise LoadError(f"{argument}={path!r}: no path has a null character in it")
 
