@@ -453,8 +453,8 @@ def global_error(scheduler, data, n, start):
             break
         alpha_bar = alpha_bar_at(scheduler, t)
         output = data.eps(x, alpha_bar)
-        if scheduler.config.prediction_type == "v_prediction":
-            output = (output - math.sqrt(1 - alpha_bar) * x) / math.sqrt(alpha_bar)
+        x0 = (x - math.sqrt(1 - alpha_bar) * output) / math.sqrt(alpha_bar)
+        output = said(scheduler.config.prediction_type, alpha_bar, x0, output)
         x = scheduler.step(output, t, x).prev_sample
     first, last = (alpha_bar_at(scheduler, t) for t in (scheduler.timesteps[0].item(), END))
     return (x - data.flow(start, first, last)).abs().max().item()
@@ -469,8 +469,10 @@ def global_error(scheduler, data, n, start):
         (m.PNDMScheduler, {"skip_prk_steps": False}, 2),
         (m.DDIMScheduler, {**unclipped, "prediction_type": "v_prediction"}, 1),
         (m.PNDMScheduler, {"skip_prk_steps": True, "prediction_type": "v_prediction"}, 1),
+        (m.PNDMScheduler, {"skip_prk_steps": True, "prediction_type": "sample"}, 2),
+        (m.PNDMScheduler, {"skip_prk_steps": False, "prediction_type": "sample"}, 2),
     ),
-    ids=("ddim", "plms", "prk", "ddim-v", "plms-v"),
+    ids=("ddim", "plms", "prk", "ddim-v", "plms-v", "plms-x0", "prk-x0"),
 )
 def test_the_error_falls_with_the_samplers_order(cls, config, order, data):
     """An average of v's of several timesteps is none of their eps: it costs PNDM, the reference's too, an order."""

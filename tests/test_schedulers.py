@@ -474,7 +474,6 @@ def test_a_value_that_is_not_supported_is_named(name, key, value):
     [
         ("DDIMScheduler", "beta_schedule", "sigmoid"),
         ("PNDMScheduler", "beta_schedule", "laplace"),
-        ("PNDMScheduler", "prediction_type", "sample"),
         ("DDPMScheduler", "variance_type", "fixed_medium"),
         ("DDIMScheduler", "dynamic_thresholding_ratio", 1.5),
     ],

@@ -18,7 +18,7 @@ PRK_WEIGHTS = (1 / 6, 1 / 3, 1 / 3, 1 / 6)  # eq. 13
 class PNDMConfig(SchedulerConfig):
     skip_prk_steps: bool = False  # Stable Diffusion starts with PLMS of lower order instead
     set_alpha_to_one: bool = False  # whether the last step ends at alpha_bar 1, free of noise, or at timestep 0's
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # the reference has no "sample"
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
     steps_offset: int = 0
 
@@ -28,6 +28,7 @@ class PNDMScheduler(Scheduler):
 
     The averages are those of the model's raw outputs: eps or v, as the config says. With eps the error against the
     exact solution falls with the square of the steps; with v, whose meaning changes with the timestep, as DDIM's does.
+    Of a model that says x0 the eps are averaged.
     """
 
     Config = PNDMConfig
@@ -78,6 +79,7 @@ class PNDMScheduler(Scheduler):
         """One of the four stages of a Runge-Kutta step, eq. 13: all start from the sample of the first stage."""
         half = self._stride() // 2
         t = self._check_step(model_output, timestep, sample)
+        model_output = self._eps_for_x0(model_output, t, sample)
         if self.counter >= len(self.prk_timesteps):
             raise ValueError(f"step_prk has {len(self.prk_timesteps)} stages to run, and all are done")
         stage = self.counter % 4
@@ -99,6 +101,7 @@ class PNDMScheduler(Scheduler):
         """A linear multistep step, eq. 12. Without PRK the first step is taken twice, with the mean of both ends."""
         stride = self._stride()
         t = self._check_step(model_output, timestep, sample)
+        model_output = self._eps_for_x0(model_output, t, sample)
         if not self.config.skip_prk_steps and len(self.history) < 3:
             raise ValueError("step_plms needs 3 past predictions: run the 12 stages of step_prk first")
         if self.counter == 0:
@@ -111,12 +114,20 @@ class PNDMScheduler(Scheduler):
         prediction = 1 / divisor * sum(w * past for w, past in zip(weights, reversed(self.history), strict=True))
         return self._move(prediction, sample, t, t - stride, return_dict)
 
+    def _eps_for_x0(self, model_output: torch.Tensor, t: int, sample: torch.Tensor) -> torch.Tensor:
+        """What is averaged, of a model that was called with `sample` at timestep t: eps in place of x0."""
+        if self.config.prediction_type != "sample":
+            return model_output
+        return self._x0_and_eps(model_output, self._alpha_bar(t), sample)[1]
+
     def _move(
         self, prediction: torch.Tensor, sample: torch.Tensor, t: int, t_prev: int, return_dict: bool
     ) -> SchedulerOutput | tuple:
         """The transfer phi of eq. 11 along the curve of eq. 9, from timestep t to t_prev."""
         alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
-        _, eps = self._x0_and_eps(prediction, alpha_bar, sample)
+        eps = prediction
+        if self.config.prediction_type == "v_prediction":
+            _, eps = self._x0_and_eps(prediction, alpha_bar, sample)
         denominator = alpha_bar * (1 - alpha_bar_prev) ** 0.5 + (alpha_bar * (1 - alpha_bar) * alpha_bar_prev) ** 0.5
         prev_sample = (alpha_bar_prev / alpha_bar) ** 0.5 * sample - (alpha_bar_prev - alpha_bar) * eps / denominator
         self.counter += 1
