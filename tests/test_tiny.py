@@ -60,6 +60,15 @@ def test_muon_makes_its_update_orthogonal():
         assert values.min() > 0.6 and values.max() < 1.3
 
 
+def test_the_posterior_is_bayes_rule():
+    pictures, noisy = (torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(n)) for n in (5, 2))
+    alpha_bar = torch.tensor([0.03, 0.4])
+    found = train_tiny.posterior(noisy, alpha_bar, pictures)
+    for x, a, row in zip(noisy.double(), alpha_bar.double(), found, strict=True):
+        likelihood = torch.distributions.Normal(a.sqrt() * pictures.double(), (1 - a).sqrt()).log_prob(x).sum((1, 2, 3))
+        torch.testing.assert_close(row.double(), likelihood.softmax(dim=0), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(("model", "stages"), [("tiny-emoji", 3), ("tiny-ddpm", 1)])
 def test_training_runs_resumes_and_leaves_a_pipeline(model, stages, tmp_path, monkeypatch):
     def train(steps):
