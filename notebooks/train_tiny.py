@@ -309,10 +309,11 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         x0 = pictures[torch.randint(len(pictures), (batch,))]
         # Logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1): mostly where little is seen and much known
         normal = torch.special.ndtri((torch.arange(batch) + torch.rand(batch)) / batch)  # one from each equal share
-        t = (1000 * torch.sigmoid(0.75 + 0.8 * normal)).long().clamp(max=999)
+        t = (1000 * torch.sigmoid(0.4 + 1.2 * normal)).long().clamp(max=999)
         noisy = scheduler.add_noise(x0, torch.randn_like(x0), t)
         weights = posterior(noisy, scheduler.alphas_cumprod[t], pictures)
-        error = F.mse_loss(unet(noisy, t).sample, (weights @ pictures.flatten(1)).view_as(noisy))
+        error = (unet(noisy, t).sample - (weights @ pictures.flatten(1)).view_as(noisy)).square().mean(dim=(1, 2, 3))
+        error = (error / (1 - scheduler.alphas_cumprod[t]).clamp(min=0.1)).mean()  # that of v, but for the least noise
         scores = classify(middle["h"]).split(shown.shape, dim=1)  # (B, 160, 4, 4), (B, 10, 4, 4)
         wanted = (weights @ labels)[:, :, None, None].expand(-1, -1, *scores[0].shape[2:]).split(shown.shape, dim=1)
         return error + 0.02 * sum(map(F.cross_entropy, scores, wanted))

@@ -118,9 +118,12 @@ def test_bundled_emoji_are_the_ones_asked_for():
     assert evaluate_tiny.share_right(pipe, some, evaluate_tiny.GUIDANCE) >= 7 / 8
 
 
-def test_bundled_ddpm_draws_what_lies_near_the_renders():
+@pytest.mark.parametrize("sampler", ["DDIM", "PNDM"])
+def test_bundled_ddpm_draws_what_lies_near_the_renders(sampler):
     """Nearer than a render of another emoji would lie, on average, and on a background of the ten colours."""
-    pipe = minidiff.DDIMPipeline.from_pretrained(minidiff.bundled("tiny-ddpm"), torch_dtype=torch.float32)
+    ddpm = minidiff.DiffusionPipeline.from_pretrained(minidiff.bundled("tiny-ddpm"), torch_dtype=torch.float32)
+    scheduler = getattr(minidiff, f"{sampler}Scheduler").from_config(ddpm.scheduler.config)
+    pipe = getattr(minidiff, f"{sampler}Pipeline")(ddpm.unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 50, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
     pictures = pipe(batch_size=16, **options).images
