@@ -1,4 +1,7 @@
-"""The data of the tiny models: 160 emoji on 10 background colours, the words for them, and which pairs are held out."""
+"""The data of the tiny models: 160 emoji on 10 background colours, alone or two side by side, and the words for them.
+
+Some are never trained on: one pair (emoji, colour) in ten, and one pair (emoji, emoji) in ten.
+"""
 
 import functools
 from pathlib import Path
@@ -50,6 +53,32 @@ def held_out() -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.from_numpy(colours), len(COLOURS)).bool()
 
 
+def duets(held_out_pairs: bool) -> torch.Tensor:
+    """Every (left, right, colour) of two emoji side by side, as int (N, 3).
+
+    The pairs (left, right) whose numbers end in the same digit are never trained on. Either emoji may be on a colour
+    only if it may be alone: no scene shows what `held_out` keeps back.
+    """
+    shown, digit = ~held_out(), torch.arange(len(NAMES)) % 10
+    pair = ((digit[:, None] == digit) == held_out_pairs).fill_diagonal_(False)  # never the same emoji twice
+    return (pair[:, :, None] & shown[:, None] & shown[None]).nonzero()
+
+
+@functools.cache
+def halves() -> torch.Tensor:
+    """Every emoji on every colour at half its size, half a picture wide: uint8 (160, 10, 3, 64, 32)."""
+    small = renders(32)
+    tall = small[..., :1, :1].expand(-1, -1, -1, 64, 32).clone()  # the corner's colour is the background's
+    tall[..., 16:48, :] = small
+    return tall
+
+
+def render_duets(scenes: torch.Tensor) -> torch.Tensor:
+    """Two emoji side by side: uint8 (B, 3, 64, 64) of int (B, 3), rows of (left, right, colour)."""
+    left, right, colour = scenes.T
+    return torch.cat([halves()[left, colour], halves()[right, colour]], dim=3)
+
+
 def pairs(mask: torch.Tensor) -> list[tuple[str, str]]:
     """The (name, colour) of every true place of a (160, 10) mask."""
     colours = list(COLOURS)
@@ -71,9 +100,14 @@ def phrase(name: str) -> str:
     return f"an {name}" if name[0] in "aeo" or name == "umbrella" else f"a {name}"
 
 
-def prompts(name: str, colour: str) -> list[str]:
-    """The ways to ask for one picture; the last two leave the colour open. Evaluation asks in the first way."""
+def prompts(name: str, colour: str, beside: str | None = None) -> list[str]:
+    """The ways to ask for one picture; the last two leave the colour open. Evaluation asks in the first way.
+
+    `beside` is the emoji on the right, where there are two.
+    """
     thing = phrase(name)
+    if beside is not None:
+        thing, name = f"{thing} and {phrase(beside)}", f"{name} and {beside}"
     return [
         f"{thing} on a{'n' * (colour == 'orange')} {colour} background",
         f"{name}, {colour} background",
@@ -82,7 +116,13 @@ def prompts(name: str, colour: str) -> list[str]:
     ]
 
 
+def duet_prompts(scene: list[int]) -> list[str]:
+    """The ways to ask for a row of `duets`."""
+    left, right, colour = scene
+    return prompts(NAMES[left], list(COLOURS)[colour], NAMES[right])
+
+
 def words() -> list[str]:
     """Every word of every prompt, in alphabetical order."""
-    everything = {prompt for name in NAMES for colour in COLOURS for prompt in prompts(name, colour)}
+    everything = {prompt for name in NAMES for colour in COLOURS for prompt in prompts(name, colour, beside=name)}
     return sorted({word for prompt in everything for word in prompt.replace(",", "").split()})

@@ -29,6 +29,8 @@ from minidiff import (
 
 BUNDLED = Path(__file__).parents[1] / "minidiff/bundled"
 SHOWN = 32  # pictures in the grids that show progress
+FASTER = torch.autocast("cpu", torch.bfloat16)  # for convolutions of many pixels; small ones are no faster in it
+DUETS = 16_384  # pictures of two emoji whose latents are computed once
 
 
 class Muon(torch.optim.Optimizer):
@@ -134,7 +136,7 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 64),
+        block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=1,  # more would norm away how colours relate: one picture has one background
@@ -144,16 +146,19 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
     with torch.no_grad():  # begin with a log variance near -6: at 0, noise would drown what the encoder says
         vae.quant_conv.weight[16:] *= 0.1
         vae.quant_conv.bias[16:] = -6
-    pictures = sprites.renders()[~sprites.held_out()]
+    vae.to(memory_format=torch.channels_last)
+    singles, rows = sprites.renders()[~sprites.held_out()], sprites.duets(held_out_pairs=False)
 
     def loss() -> Tensor:
-        x = pictures[torch.randint(len(pictures), (batch,))] / 127.5 - 1
-        posterior = vae.encode(x).latent_dist
-        return F.mse_loss(vae.decode(posterior.sample()).sample, x) + 1e-6 * posterior.kl().mean()
+        single, duet = torch.randint(len(singles), (batch // 2,)), torch.randint(len(rows), (batch - batch // 2,))
+        x = torch.cat([singles[single], sprites.render_duets(rows[duet])]) / 127.5 - 1
+        with FASTER:
+            posterior = vae.encode(x).latent_dist
+            decoded = vae.decode(posterior.sample()).sample
+        return F.mse_loss(decoded.float(), x) + 1e-6 * posterior.kl().mean()
 
     def show() -> Tensor:
-        unseen = sprites.renders()[sprites.held_out()][:SHOWN] / 127.5 - 1
-        return vae.decode(vae.encode(unseen).latent_dist.mode()).sample / 2 + 0.5
+        return vae.decode(encode(vae, unseen()[0])).sample / 2 + 0.5
 
     train(vae, loss, show, steps, 6e-3, folder)
     return vae
@@ -161,15 +166,38 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
 
 def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> None:
     """The decoder once more, alone, on the latents' means: what the UNet learns to make has none of their noise."""
-    pictures, unseen = (sprites.renders()[mask] for mask in (~sprites.held_out(), sprites.held_out()))
-    latents, unseen = encode(vae, pictures), encode(vae, unseen[:SHOWN])
+    pictures = torch.cat([sprites.renders()[~sprites.held_out()], sprites.render_duets(some_duets())])
+    latents, unseen_latents = encode(vae, pictures), encode(vae, unseen()[0])
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
     def loss() -> Tensor:
-        picture = torch.randint(len(pictures), (batch,))
-        return F.mse_loss(vae.decode(latents[picture]).sample, pictures[picture] / 127.5 - 1)
+        picture = half_singles(batch, len(pictures))
+        with FASTER:
+            decoded = vae.decode(latents[picture]).sample
+        return F.mse_loss(decoded.float(), pictures[picture] / 127.5 - 1)
 
-    train(decoder, loss, lambda: vae.decode(unseen).sample / 2 + 0.5, steps, 3e-3, folder)
+    train(decoder, loss, lambda: vae.decode(unseen_latents).sample / 2 + 0.5, steps, 3e-3, folder)
+
+
+def unseen() -> tuple[Tensor, list[str]]:
+    """For the grids, what is never trained on: uint8 (SHOWN, 3, 64, 64), half of them duets, and their prompts."""
+    pairs, scenes = sprites.pairs(sprites.held_out()), sprites.duets(held_out_pairs=True)
+    some, others = (torch.linspace(0, len(rows) - 1, SHOWN // 2).long() for rows in (pairs, scenes))
+    prompts = [sprites.prompts(*pairs[i])[0] for i in some]
+    prompts += [sprites.duet_prompts(scene)[0] for scene in scenes[others].tolist()]
+    return torch.cat([sprites.renders()[sprites.held_out()][some], sprites.render_duets(scenes[others])]), prompts
+
+
+def some_duets() -> Tensor:
+    """(N, 3), rows of `sprites.duets` that are trained on: all of them would not fit into memory as pictures."""
+    rows = sprites.duets(held_out_pairs=False)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:DUETS]]
+
+
+def half_singles(batch: int, pictures: int) -> Tensor:
+    """The numbers of `batch` random pictures, of which the first 1,440 hold one emoji: half of them do."""
+    singles = int((~sprites.held_out()).sum())
+    return torch.cat([torch.randint(singles, (batch // 2,)), torch.randint(singles, pictures, (batch - batch // 2,))])
 
 
 @torch.no_grad()
@@ -228,12 +256,12 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
     # The VAE is finished: every picture's latents, and every prompt's tokens, are computed once
-    shown = ~sprites.held_out()
-    latents = encode(vae, sprites.renders()[shown])
+    shown, duets = ~sprites.held_out(), some_duets()
+    latents = torch.cat([encode(vae, sprites.renders()[shown]), encode(vae, sprites.render_duets(duets))])
     scaling_factor = 1 / latents.std().item()
     latents *= scaling_factor
-    prompts = [sprites.prompts(name, colour) for name in sprites.NAMES for colour in sprites.COLOURS]
-    prompts = [[*ways, ""] for ways, is_shown in zip(prompts, shown.flatten(), strict=True) if is_shown]
+    prompts = [[*sprites.prompts(*pair), ""] for pair in sprites.pairs(shown)]
+    prompts += [[*sprites.duet_prompts(scene), ""] for scene in duets.tolist()]
     tokens = tokenizer(
         [prompt for ways in prompts for prompt in ways], padding="max_length", return_tensors="pt"
     ).input_ids
@@ -241,7 +269,7 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     often = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])  # the last is the empty prompt, for guidance
 
     def loss() -> Tensor:
-        picture = torch.randint(len(latents), (batch,))
+        picture = half_singles(batch, len(latents))
         way = torch.multinomial(often, batch, replacement=True)
         t = torch.randint(1000, (batch,))
         x0, noise = latents[picture], torch.randn(batch, *latents.shape[1:])
@@ -252,9 +280,7 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     vae.config = vae.Config.read({**vae.config, "scaling_factor": scaling_factor})
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    wanted = [
-        sprites.prompts(name, colour)[0] for name, colour in sprites.pairs(sprites.held_out())[:: 160 // SHOWN][:SHOWN]
-    ]
+    _, wanted = unseen()
 
     def show() -> Tensor:
         options = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"}
@@ -339,7 +365,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.model == "tiny-emoji":
-        steps, batch = options.steps or (1200, 800, 1200), options.batch or (16, 16, 64)
+        steps, batch = options.steps or (3000, 1000, 4000), options.batch or (16, 16, 64)
         vae = train_vae(steps[0], batch[0], options.runs / "tiny-emoji-vae")
         train_decoder(vae, steps[1], batch[1], options.runs / "tiny-emoji-decoder")
         pipe = train_unet(vae, steps[2], batch[2], options.runs / "tiny-emoji-unet")
