@@ -29,6 +29,7 @@ NO_ARTICLE = {  # plurals and what can't be counted
     *("ice cream", "popcorn", "coffee", "beer", "scissors", "glasses", "fire"),
 }
 CELL, COLUMNS = 64, 16
+ALONE = -1  # in the place of the right one of two emoji: there is only one
 
 
 @functools.cache
@@ -53,8 +54,14 @@ def held_out() -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.from_numpy(colours), len(COLOURS)).bool()
 
 
+def alone(mask: torch.Tensor) -> torch.Tensor:
+    """The scenes with one emoji at every true place of a (160, 10) mask: rows of (emoji, ALONE, colour), int (N, 3)."""
+    name, colour = mask.nonzero().T
+    return torch.stack([name, torch.full_like(name, ALONE), colour], dim=1)
+
+
 def duets(held_out_pairs: bool) -> torch.Tensor:
-    """Every (left, right, colour) of two emoji side by side, as int (N, 3).
+    """Every scene with two emoji side by side: rows of (left, right, colour), int (N, 3).
 
     The pairs (left, right) whose numbers end in the same digit are never trained on. Either emoji may be on a colour
     only if it may be alone: no scene shows what `held_out` keeps back.
@@ -73,10 +80,11 @@ def halves() -> torch.Tensor:
     return tall
 
 
-def render_duets(scenes: torch.Tensor) -> torch.Tensor:
-    """Two emoji side by side: uint8 (B, 3, 64, 64) of int (B, 3), rows of (left, right, colour)."""
+def render(scenes: torch.Tensor) -> torch.Tensor:
+    """The pictures, uint8 (B, 3, 64, 64), of scenes (B, 3), rows of `alone` and `duets`."""
     left, right, colour = scenes.T
-    return torch.cat([halves()[left, colour], halves()[right, colour]], dim=3)
+    two = torch.cat([halves()[left, colour], halves()[right, colour]], dim=3)
+    return torch.where((right == ALONE)[:, None, None, None], renders()[left, colour], two)
 
 
 def pairs(mask: torch.Tensor) -> list[tuple[str, str]]:
@@ -116,10 +124,10 @@ def prompts(name: str, colour: str, beside: str | None = None) -> list[str]:
     ]
 
 
-def duet_prompts(scene: list[int]) -> list[str]:
-    """The ways to ask for a row of `duets`."""
+def scene_prompts(scene: list[int]) -> list[str]:
+    """The ways to ask for a scene, a row of `alone` or `duets`."""
     left, right, colour = scene
-    return prompts(NAMES[left], list(COLOURS)[colour], NAMES[right])
+    return prompts(NAMES[left], list(COLOURS)[colour], None if right == ALONE else NAMES[right])
 
 
 def words() -> list[str]:

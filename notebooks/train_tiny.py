@@ -30,7 +30,7 @@ from minidiff import (
 BUNDLED = Path(__file__).parents[1] / "minidiff/bundled"
 SHOWN = 32  # pictures in the grids that show progress
 FASTER = torch.autocast("cpu", torch.bfloat16)  # for convolutions of many pixels; small ones are no faster in it
-DUETS = 16_384  # pictures of two emoji whose latents are computed once
+DUETS = 16_384  # scenes with two emoji whose latents are computed once
 
 
 class Muon(torch.optim.Optimizer):
@@ -147,18 +147,18 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
         vae.quant_conv.weight[16:] *= 0.1
         vae.quant_conv.bias[16:] = -6
     vae.to(memory_format=torch.channels_last)
-    singles, rows = sprites.renders()[~sprites.held_out()], sprites.duets(held_out_pairs=False)
+    singles, duets = sprites.alone(~sprites.held_out()), sprites.duets(held_out_pairs=False)
 
     def loss() -> Tensor:
-        single, duet = torch.randint(len(singles), (batch // 2,)), torch.randint(len(rows), (batch - batch // 2,))
-        x = torch.cat([singles[single], sprites.render_duets(rows[duet])]) / 127.5 - 1
+        single, duet = torch.randint(len(singles), (batch // 2,)), torch.randint(len(duets), (batch - batch // 2,))
+        x = sprites.render(torch.cat([singles[single], duets[duet]])) / 127.5 - 1
         with FASTER:
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         return F.mse_loss(decoded.float(), x) + 1e-6 * posterior.kl().mean()
 
     def show() -> Tensor:
-        return vae.decode(encode(vae, unseen()[0])).sample / 2 + 0.5
+        return vae.decode(encode(vae, sprites.render(unseen()))).sample / 2 + 0.5
 
     train(vae, loss, show, steps, 6e-3, folder)
     return vae
@@ -166,12 +166,12 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
 
 def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> None:
     """The decoder once more, alone, on the latents' means: what the UNet learns to make has none of their noise."""
-    pictures = torch.cat([sprites.renders()[~sprites.held_out()], sprites.render_duets(some_duets())])
-    latents, unseen_latents = encode(vae, pictures), encode(vae, unseen()[0])
+    pictures = sprites.render(trained())
+    latents, unseen_latents = encode(vae, pictures), encode(vae, sprites.render(unseen()))
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
     def loss() -> Tensor:
-        picture = half_singles(batch, len(pictures))
+        picture = half_alone(batch, len(pictures))
         with FASTER:
             decoded = vae.decode(latents[picture]).sample
         return F.mse_loss(decoded.float(), pictures[picture] / 127.5 - 1)
@@ -179,25 +179,23 @@ def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> N
     train(decoder, loss, lambda: vae.decode(unseen_latents).sample / 2 + 0.5, steps, 3e-3, folder)
 
 
-def unseen() -> tuple[Tensor, list[str]]:
-    """For the grids, what is never trained on: uint8 (SHOWN, 3, 64, 64), half of them duets, and their prompts."""
-    pairs, scenes = sprites.pairs(sprites.held_out()), sprites.duets(held_out_pairs=True)
-    some, others = (torch.linspace(0, len(rows) - 1, SHOWN // 2).long() for rows in (pairs, scenes))
-    prompts = [sprites.prompts(*pairs[i])[0] for i in some]
-    prompts += [sprites.duet_prompts(scene)[0] for scene in scenes[others].tolist()]
-    return torch.cat([sprites.renders()[sprites.held_out()][some], sprites.render_duets(scenes[others])]), prompts
+def unseen() -> Tensor:
+    """Scenes (SHOWN, 3) for the grids, which are never trained on: half with one emoji, half with two."""
+    both = sprites.alone(sprites.held_out()), sprites.duets(held_out_pairs=True)
+    return torch.cat([scenes[torch.linspace(0, len(scenes) - 1, SHOWN // 2).long()] for scenes in both])
 
 
-def some_duets() -> Tensor:
-    """(N, 3), rows of `sprites.duets` that are trained on: all of them would not fit into memory as pictures."""
-    rows = sprites.duets(held_out_pairs=False)
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:DUETS]]
+def trained() -> Tensor:
+    """Scenes (N, 3): all with one emoji that are trained on, then DUETS with two; more wouldn't fit into memory."""
+    duets = sprites.duets(held_out_pairs=False)
+    some = torch.randperm(len(duets), generator=torch.Generator().manual_seed(0))[:DUETS]
+    return torch.cat([sprites.alone(~sprites.held_out()), duets[some]])
 
 
-def half_singles(batch: int, pictures: int) -> Tensor:
-    """The numbers of `batch` random pictures, of which the first 1,440 hold one emoji: half of them do."""
-    singles = int((~sprites.held_out()).sum())
-    return torch.cat([torch.randint(singles, (batch // 2,)), torch.randint(singles, pictures, (batch - batch // 2,))])
+def half_alone(batch: int, scenes: int) -> Tensor:
+    """The numbers of `batch` random scenes out of `trained`: half of them with one emoji, half with two."""
+    first = scenes - DUETS
+    return torch.cat([torch.randint(first, (batch // 2,)), torch.randint(first, scenes, (batch - batch // 2,))])
 
 
 @torch.no_grad()
@@ -256,12 +254,11 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
     # The VAE is finished: every picture's latents, and every prompt's tokens, are computed once
-    shown, duets = ~sprites.held_out(), some_duets()
-    latents = torch.cat([encode(vae, sprites.renders()[shown]), encode(vae, sprites.render_duets(duets))])
+    scenes = trained()
+    latents = encode(vae, sprites.render(scenes))
     scaling_factor = 1 / latents.std().item()
     latents *= scaling_factor
-    prompts = [[*sprites.prompts(*pair), ""] for pair in sprites.pairs(shown)]
-    prompts += [[*sprites.duet_prompts(scene), ""] for scene in duets.tolist()]
+    prompts = [[*sprites.scene_prompts(scene), ""] for scene in scenes.tolist()]
     tokens = tokenizer(
         [prompt for ways in prompts for prompt in ways], padding="max_length", return_tensors="pt"
     ).input_ids
@@ -269,7 +266,7 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     often = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])  # the last is the empty prompt, for guidance
 
     def loss() -> Tensor:
-        picture = half_singles(batch, len(latents))
+        picture = half_alone(batch, len(latents))
         way = torch.multinomial(often, batch, replacement=True)
         t = torch.randint(1000, (batch,))
         x0, noise = latents[picture], torch.randn(batch, *latents.shape[1:])
@@ -280,7 +277,7 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     vae.config = vae.Config.read({**vae.config, "scaling_factor": scaling_factor})
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    _, wanted = unseen()
+    wanted = [sprites.scene_prompts(scene)[0] for scene in unseen().tolist()]
 
     def show() -> Tensor:
         options = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"}

@@ -42,15 +42,47 @@ def test_prompts_have_their_articles():
     assert sprites.prompts("grapes", "red")[2] == "grapes"
 
 
-def test_the_judge_finds_the_render_under_noise_and_misses_a_wrong_one():
+def test_duets_show_what_may_be_shown_side_by_side():
+    held_out, emoji = sprites.held_out(), torch.arange(160) % 10
+    for unseen in (False, True):
+        left, right, colour = scenes = sprites.duets(held_out_pairs=unseen).T
+        assert (left != right).all() and ((emoji[left] == emoji[right]) == unseen).all()
+        assert not held_out[left, colour].any() and not held_out[right, colour].any()
+        assert all(len(one.unique()) == 160 for one in (left, right))
+    picture = sprites.render(scenes.T[:1])
+    assert picture.shape == (1, 3, 64, 64)
+    assert torch.equal(picture[0, :, 16:48, :32], sprites.renders(32)[left[0], colour[0]])
+    assert torch.equal(picture[0, :, 16:48, 32:], sprites.renders(32)[right[0], colour[0]])
+    assert (picture[0, :, [0, 15, 48, 63]] == picture[0, :, :1, :1]).all()
+    assert sprites.scene_prompts(scenes.T[0].tolist()) == [
+        "a fox and a bat on a white background",
+        "fox and bat, white background",
+        "a fox and a bat",
+        "fox and bat",
+    ]
+
+
+def test_scenes_with_one_emoji_are_the_renders():
     held_out = sprites.held_out()
-    pictures = sprites.renders()[held_out] / 255
-    noisy = pictures + 0.1 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    index, distance = evaluate_tiny.nearest(noisy)
-    assert torch.equal(index, held_out.flatten().nonzero().squeeze(1))
+    scenes = sprites.alone(held_out)
+    assert torch.equal(sprites.render(scenes), sprites.renders()[held_out])
+    asked = [sprites.scene_prompts(scene) for scene in scenes.tolist()]
+    assert asked == [sprites.prompts(*pair) for pair in sprites.pairs(held_out)]
+
+
+def test_the_judge_finds_the_scene_under_noise_and_misses_a_wrong_one():
+    alone, duets = sprites.alone(sprites.held_out()), sprites.duets(held_out_pairs=True)[::300]
+    scenes = torch.cat([alone, duets])
+    noise = torch.randn(len(scenes), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noisy = sprites.render(scenes) / 255 + 0.1 * noise
+    assert torch.equal(evaluate_tiny.nearest_scene(noisy), scenes)
+    index, distance = evaluate_tiny.nearest(noisy[:160])
+    assert torch.equal(index, alone[:, 0] * 10 + alone[:, 2])
     assert torch.allclose(distance, torch.full((160,), 0.1), atol=0.005)
-    other_colour = sprites.renders()[held_out.roll(1, dims=1)] / 255
-    assert (evaluate_tiny.nearest(other_colour)[0] != index).all()
+    other_colour = torch.cat([scenes[:, :2], (scenes[:, 2:] + 1) % 10], dim=1)
+    other_order = duets[:, [1, 0, 2]]
+    assert (evaluate_tiny.nearest_scene(sprites.render(other_colour) / 255) != scenes).any(dim=1).all()
+    assert (evaluate_tiny.nearest_scene(sprites.render(other_order) / 255) != duets).any(dim=1).all()
 
 
 def test_muon_makes_its_update_orthogonal():
@@ -115,8 +147,9 @@ def test_bundled_model_draws_the_references_pictures(name):
 def test_bundled_emoji_are_the_ones_asked_for():
     pipe = minidiff.DiffusionPipeline.from_pretrained(minidiff.bundled("tiny-emoji"), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    some = sprites.held_out() & (torch.arange(160) % 20 == 0)[:, None]
-    assert evaluate_tiny.share_right(pipe, some, evaluate_tiny.GUIDANCE) >= 7 / 8
+    duets = sprites.duets(held_out_pairs=True)
+    some = torch.cat([sprites.alone(sprites.held_out())[::20], duets[:: len(duets) // 8][:8]])
+    assert evaluate_tiny.share_right(pipe, some, evaluate_tiny.CLEANEST) >= 15 / 16
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "PNDM"])
