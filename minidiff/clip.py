@@ -83,18 +83,24 @@ class ProjectedTextOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+def embedding(rows: int, dim: int) -> nn.Embedding:
+    """A table of vectors, first drawn as in CLIP, 2.4: torch's own default is too wide."""
+    weight = torch.empty(rows, dim)
+    if not weight.is_meta:  # there is nothing to fill; and torch would import its compiler for it, a second's work
+        nn.init.normal_(weight, std=0.02)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
 class CLIPTextModel(Model):
     Config = CLIPTextConfig
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         c = self.config
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.token_embedding = embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        for embedding in (self.token_embedding, self.position_embedding):  # CLIP, 2.4: torch's own default is too wide
-            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(
         self,

@@ -22,6 +22,13 @@ def test_import_brings_in_nothing_heavy():
     assert out == "[]\n"
 
 
+def test_loading_a_model_does_not_import_torchs_compiler():
+    """It takes a second, and a random first value on the meta device is enough to bring it in."""
+    for name in ("tiny-emoji", "tiny-ddpm"):
+        load = f"minidiff.DiffusionPipeline.from_pretrained(minidiff.bundled({name!r}))"
+        assert run("-c", f"import sys, minidiff; {load}; print('torch._dynamo' in sys.modules)") == "False\n"
+
+
 def test_wheel_works_outside_the_checkout(tmp_path):
     source = tmp_path / "source"  # building writes into its folder
     for name in ("minidiff", "weights_compat"):
