@@ -362,7 +362,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.model == "tiny-emoji":
-        steps, batch = options.steps or (3000, 1000, 4000), options.batch or (16, 16, 64)
+        steps, batch = options.steps or (3000, 1000, 6000), options.batch or (16, 16, 64)
         vae = train_vae(steps[0], batch[0], options.runs / "tiny-emoji-vae")
         train_decoder(vae, steps[1], batch[1], options.runs / "tiny-emoji-decoder")
         pipe = train_unet(vae, steps[2], batch[2], options.runs / "tiny-emoji-unet")
