@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
         if args.list:
             print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
+            print('One thing or two: "a fox and a cactus on a yellow background"')
             return 0
         warn_of_unknown_words(args.prompt, known["words"])
 

@@ -302,8 +302,11 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     Each picture is one of few, noise is anything: a network this thin learns the one in a fraction of the time that it
     takes for the other (Li and He 2025, arXiv:2511.13720). Since all pictures are known, so is the best guess, their
     mean given x_t: asked for that, the model ends where it would anyhow, without the noise of each draw (Xu et al.
-    2023, arXiv:2302.00670). And its middle is asked which emoji and colour it sees, which has them told apart sooner
-    (after Yu et al. 2024, arXiv:2410.06940).
+    2023, arXiv:2302.00670).
+
+    And what is asked of the network at its end is asked of it on the way too, each time through one layer that is
+    thrown away afterwards. The middle and the levels of the way up sketch the picture (deep supervision, Lee et al.
+    2014, arXiv:1409.5185), and the middle names the emoji and the colour (after Yu et al. 2024, arXiv:2410.06940).
     """
     unet = UNet2DModel(
         sample_size=32,
@@ -311,11 +314,11 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         out_channels=3,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32, 64, 192),
+        block_out_channels=(32, 64, 128, 128),
         layers_per_block=1,
         attention_head_dim=16,
         norm_num_groups=1,
-    )
+    ).to(memory_format=torch.channels_last)
     # On linear betas a quarter of all timesteps of so small a picture are nothing but noise; on the cosine few are
     # (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.2)
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
@@ -325,21 +328,34 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     pictures = sprites.renders(32)[shown] / 127.5 - 1
     names, colours = (F.one_hot(*of).float() for of in zip(shown.nonzero().T, shown.shape, strict=True))
     labels = torch.cat([names, colours], dim=1)  # of each picture: 160 columns and 10
-    classify, middle = nn.Conv2d(unet.config.block_out_channels[-1], labels.shape[1], kernel_size=1), {}
-    hook = unet.mid.register_forward_hook(lambda module, inputs, out: middle.update(h=out))
+    name = nn.Conv2d(128, labels.shape[1], kernel_size=1)
+    stages = {unet.mid: 128, unet.up[0]: 128, unet.up[1]: 128, unet.up[2]: 64}  # channels at 4x4, 8x8, 16x16, 32x32
+    blocks = [8, 4, 2, 1]  # the side of the block of pixels that one place stands for
+    sketch = nn.ModuleList(nn.Conv2d(c, 3 * n * n, kernel_size=1) for c, n in zip(stages.values(), blocks, strict=True))
+    gave = {}
+    hooks = [stage.register_forward_hook(lambda stage, inputs, h: gave.update({stage: h})) for stage in stages]
 
     def loss() -> Tensor:
         x0 = pictures[torch.randint(len(pictures), (batch,))]
         # Logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1): mostly where little is seen and much known
         normal = torch.special.ndtri((torch.arange(batch) + torch.rand(batch)) / batch)  # one from each equal share
         t = (1000 * torch.sigmoid(0.4 + 1.2 * normal)).long().clamp(max=999)
-        noisy = scheduler.add_noise(x0, torch.randn_like(x0), t)
-        weights = posterior(noisy, scheduler.alphas_cumprod[t], pictures)
-        error = (unet(noisy, t).sample - (weights @ pictures.flatten(1)).view_as(noisy)).square().mean(dim=(1, 2, 3))
-        error = (error / (1 - scheduler.alphas_cumprod[t]).clamp(min=0.1)).mean()  # that of v, but for the least noise
-        scores = classify(middle["h"]).split(shown.shape, dim=1)  # (B, 160, 4, 4), (B, 10, 4, 4)
-        wanted = (weights @ labels)[:, :, None, None].expand(-1, -1, *scores[0].shape[2:]).split(shown.shape, dim=1)
-        return error + 0.02 * sum(map(F.cross_entropy, scores, wanted))
+        noisy, alpha_bar = scheduler.add_noise(x0, torch.randn_like(x0), t), scheduler.alphas_cumprod[t]
+        weights = posterior(noisy, alpha_bar, pictures)
+        wanted = (weights @ pictures.flatten(1)).view_as(noisy)
+
+        def error(picture: Tensor) -> Tensor:  # that of v, but for the least noise
+            return ((picture - wanted).square().mean(dim=(1, 2, 3)) / (1 - alpha_bar).clamp(min=0.1)).mean()
+
+        with FASTER:
+            predicted = unet(noisy, t).sample.float()
+        sketches = [
+            F.pixel_shuffle(layer(gave[stage].float()), n)  # (B, 3 n^2, 32 / n, 32 / n) -> (B, 3, 32, 32)
+            for stage, layer, n in zip(stages, sketch, blocks, strict=True)
+        ]
+        scores = name(gave[unet.mid].float()).split(shown.shape, dim=1)  # (B, 160, 4, 4), (B, 10, 4, 4)
+        named = (weights @ labels)[:, :, None, None].expand(-1, -1, *scores[0].shape[2:]).split(shown.shape, dim=1)
+        return error(predicted) + 0.3 * sum(map(error, sketches)) + 0.02 * sum(map(F.cross_entropy, scores, named))
 
     def show() -> Tensor:
         faster = DDIMPipeline(unet, DDIMScheduler.from_config(scheduler.config))
@@ -347,8 +363,9 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         generator = torch.Generator().manual_seed(0)
         return faster(batch_size=SHOWN, num_inference_steps=50, generator=generator, output_type="pt").images
 
-    train(nn.ModuleList([unet, classify]), loss, show, steps, 3e-3, folder, ema=0.998)
-    hook.remove()
+    train(nn.ModuleList([unet, sketch, name]), loss, show, steps, 3e-3, folder, ema=0.998)
+    for hook in hooks:
+        hook.remove()
     return pipe
 
 
