@@ -363,7 +363,7 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         generator = torch.Generator().manual_seed(0)
         return faster(batch_size=SHOWN, num_inference_steps=50, generator=generator, output_type="pt").images
 
-    train(nn.ModuleList([unet, sketch, name]), loss, show, steps, 3e-3, folder, ema=0.998)
+    train(nn.ModuleList([unet, sketch, name]), loss, show, steps, 4e-3, folder, ema=0.998)
     for hook in hooks:
         hook.remove()
     return pipe
@@ -384,7 +384,7 @@ def main() -> None:
         train_decoder(vae, steps[1], batch[1], options.runs / "tiny-emoji-decoder")
         pipe = train_unet(vae, steps[2], batch[2], options.runs / "tiny-emoji-unet")
     else:
-        (steps,), (batch,) = options.steps or (5000,), options.batch or (16,)
+        (steps,), (batch,) = options.steps or (10_000,), options.batch or (32,)
         pipe = train_ddpm(steps, batch, options.runs / "tiny-ddpm")
     out = options.out or BUNDLED / options.model
     pipe.to(torch.float16).save_pretrained(out)
