@@ -22,32 +22,39 @@ LEAST_TRAINED, LEAST_HELD_OUT, LEAST_PSNR = 0.95, 0.90, 26.0
 FARTHEST, FEWEST = 0.14, 32  # tiny-ddpm's pictures from their nearest renders; different ones among 64
 
 
-def nearest(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Of float (B, 3, H, W) in [0, 1], among renders of one emoji: the nearest one's index and its distance, (B,) each.
+def distances(pictures: Tensor, renders: Tensor) -> Tensor:
+    """The root mean square difference of each of (B, 3, H, W) to each of (N, 3, H, W): (B, N)."""
+    return torch.cdist(pictures.flatten(1), renders.flatten(1)) / renders[0].numel() ** 0.5
 
-    The distance is the root of the mean square.
+
+def nearest(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of float (B, 3, H, W) in [0, 1], among renders of one emoji: the nearest one's index, and its distance, (B,).
+
+    The third result is true where a picture is surely that emoji: where the distance is less than half of that from
+    the nearest render to any of another emoji, so that the picture can't lie nearer to one of those.
     """
-    renders = sprites.renders(pictures.shape[-1]).flatten(0, 1).flatten(1) / 255
-    distances = torch.cdist(pictures.flatten(1), renders) / renders.shape[1] ** 0.5
-    distance, index = distances.min(dim=1)
-    return index, distance
+    renders = sprites.renders(pictures.shape[-1]).flatten(0, 1) / 255
+    distance, index = distances(pictures, renders).min(dim=1)
+    from_there = distances(renders[index], renders)
+    other = torch.arange(len(renders)) // 10 != (index // 10)[:, None]
+    return index, distance, distance < from_there.where(other, torch.inf).min(dim=1).values / 2
 
 
 def nearest_scene(pictures: Tensor) -> Tensor:
     """Of float (B, 3, 64, 64) in [0, 1]: the scene (B, 3) whose render is nearest, with one emoji or with two.
 
-    A duet's squared distance is the sum of its halves': the best of all is the best left one and the best right one.
+    A duet's squared distance is the mean of its halves': the best of all is the best left one and the best right one.
     """
 
-    def squared(pictures: Tensor, renders: Tensor) -> Tensor:  # (B, 160, 10)
-        return torch.cdist(pictures.flatten(1), renders.flatten(0, 1).flatten(1) / 255).square().unflatten(1, (160, 10))
-
-    one = squared(pictures, sprites.renders())
-    left, right = (squared(half, sprites.halves()).min(dim=1) for half in pictures.chunk(2, dim=3))  # (B, 10) each
-    duet, colour = (left.values + right.values).min(dim=1)
+    one = distances(pictures, sprites.renders().flatten(0, 1) / 255).square()
+    halves = sprites.halves().flatten(0, 1) / 255
+    left, right = (  # values and indices, (B, 10) each
+        distances(half, halves).square().unflatten(1, (160, 10)).min(dim=1) for half in pictures.chunk(2, dim=3)
+    )
+    duet, colour = ((left.values + right.values) / 2).min(dim=1)
     row = torch.arange(len(pictures))
     two = torch.stack([left.indices[row, colour], right.indices[row, colour], colour], dim=1)
-    single, index = one.flatten(1).min(dim=1)
+    single, index = one.min(dim=1)
     alone = torch.stack([index // 10, torch.full_like(index, sprites.ALONE), index % 10], dim=1)
     return torch.where((single < duet)[:, None], alone, two)
 
@@ -111,10 +118,11 @@ def evaluate_ddpm(folder: Path, images: Path) -> bool:
     for words, pipe, steps in (("DDIM", ddim, 50), ("DDPM", ddpm, 1000)):
         generator = torch.Generator().manual_seed(0)
         pictures = pipe(batch_size=64, num_inference_steps=steps, generator=generator, output_type="pt").images
-        index, distance = nearest(pictures)
+        index, distance, sure = nearest(pictures)
         print(
             f"{words}, {steps} steps: the nearest render is {distance.mean():.3f} away (root mean square, of 0..1)"
-            f" on average, {distance.median():.3f} in the median; {len(index.unique())} different ones in 64 pictures"
+            f" on average, {distance.median():.3f} in the median; {sure.sum()} of 64 pictures are surely that emoji;"
+            f" {len(index.unique())} different ones"
         )
         if words == "DDIM":
             sprites.grid(pictures).quantize().save(images / "tiny_ddpm_samples.png")

@@ -76,13 +76,25 @@ def test_the_judge_finds_the_scene_under_noise_and_misses_a_wrong_one():
     noise = torch.randn(len(scenes), 3, 64, 64, generator=torch.Generator().manual_seed(0))
     noisy = sprites.render(scenes) / 255 + 0.1 * noise
     assert torch.equal(evaluate_tiny.nearest_scene(noisy), scenes)
-    index, distance = evaluate_tiny.nearest(noisy[:160])
+    index, distance, _ = evaluate_tiny.nearest(noisy[:160])
     assert torch.equal(index, alone[:, 0] * 10 + alone[:, 2])
     assert torch.allclose(distance, torch.full((160,), 0.1), atol=0.005)
     other_colour = torch.cat([scenes[:, :2], (scenes[:, 2:] + 1) % 10], dim=1)
     other_order = duets[:, [1, 0, 2]]
     assert (evaluate_tiny.nearest_scene(sprites.render(other_colour) / 255) != scenes).any(dim=1).all()
     assert (evaluate_tiny.nearest_scene(sprites.render(other_order) / 255) != duets).any(dim=1).all()
+
+
+def test_a_picture_is_surely_an_emoji_up_to_half_way_to_another():
+    fox = sprites.renders(32)[sprites.NAMES.index("fox"), 0][None] / 255
+    renders = sprites.renders(32)[:, 0] / 255
+    apart = evaluate_tiny.distances(fox, renders)[0]
+    other = renders[apart.topk(2, largest=False).indices[1]]
+    index, distance, sure = evaluate_tiny.nearest(torch.cat([fox.lerp(other, part) for part in (0.0, 0.45, 0.55, 1.0)]))
+    assert index[0] == index[1] != index[2] == index[3]
+    half = 0.45 * apart.sort().values[1].item()
+    assert torch.allclose(distance, torch.tensor([0.0, half, half, 0.0]), atol=1e-3)
+    assert sure[[0, 1, 3]].all()
 
 
 def test_muon_makes_its_update_orthogonal():
