@@ -132,7 +132,7 @@ def train(
 
 
 def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
-    """Reconstruction in the mean square, plus a KL term that only keeps the latents from growing."""
+    """Reconstruction in the mean square, plus a small KL term: it bounds the latents and closes channels not needed."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
