@@ -108,4 +108,4 @@ def test_unknown_words_are_named(tmp_path, monkeypatch, capsys):
     assert "'aple'; did you mean maple or apple?" in capsys.readouterr().err
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    assert "red apple" in out and "Backgrounds: " in out
+    assert "red apple" in out and "Backgrounds: " in out and '"a fox and a cactus on a yellow background"' in out
