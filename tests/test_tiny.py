@@ -166,14 +166,15 @@ def test_bundled_emoji_are_the_ones_asked_for():
 
 @pytest.mark.parametrize("sampler", ["DDIM", "PNDM"])
 def test_bundled_ddpm_draws_what_lies_near_the_renders(sampler):
-    """Nearer than a render of another emoji would lie, on average, and on a background of the ten colours."""
+    """Each nearer to one emoji than half the way to any other, on a background of the ten colours."""
     ddpm = minidiff.DiffusionPipeline.from_pretrained(minidiff.bundled("tiny-ddpm"), torch_dtype=torch.float32)
     scheduler = getattr(minidiff, f"{sampler}Scheduler").from_config(ddpm.scheduler.config)
     pipe = getattr(minidiff, f"{sampler}Pipeline")(ddpm.unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 50, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
     pictures = pipe(batch_size=16, **options).images
-    assert evaluate_tiny.nearest(pictures)[1].mean() < evaluate_tiny.FARTHEST
+    _, distance, sure = evaluate_tiny.nearest(pictures)
+    assert distance.mean() <= evaluate_tiny.FARTHEST and sure.float().mean() >= evaluate_tiny.LEAST_SURE
     colours = torch.tensor(list(sprites.COLOURS.values())) / 255
     corners = pictures[:, :, :2, :2].mean(dim=(2, 3))
-    assert torch.cdist(corners, colours).min(dim=1).values.median() < 0.15
+    assert torch.cdist(corners, colours).min(dim=1).values.median() < 0.05
