@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
             print('One thing or two: "a fox and a cactus on a yellow background"')
             return 0
-        warn_of_unknown_words(args.prompt, known["words"])
+        warn_of_unknown_words(f"{args.prompt} {args.negative or ''}", known["words"])
 
     device = args.device or next((d for d in ("cuda", "mps") if getattr(torch, d).is_available()), "cpu")
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.n)],
         ).images
         seconds = time.perf_counter() - started
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
 def warn_of_unknown_words(prompt: str, words: list[str]) -> None:
     for word in re.findall(r"[^\W_]+", prompt.lower()):
         if word not in words:
-            near = difflib.get_close_matches(word, words, n=2)
+            near = difflib.get_close_matches(word, words, n=2, cutoff=0.8)
             hint = f"did you mean {' or '.join(near)}?" if near else "--list prints what it knows"
             warnings.warn(f"{BUNDLED} has never seen the word {word!r}; {hint}", stacklevel=2)
 

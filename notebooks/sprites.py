@@ -1,6 +1,6 @@
 """The data of the tiny models: 160 emoji on 10 background colours, alone or two side by side, and the words for them.
 
-Some are never trained on: one pair (emoji, colour) in ten, and one pair (emoji, emoji) in ten.
+Some are never trained on: of each emoji one colour of the ten, and of the duets of two emoji one in ten.
 """
 
 import functools
@@ -60,15 +60,15 @@ def alone(mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([name, torch.full_like(name, ALONE), colour], dim=1)
 
 
-def duets(held_out_pairs: bool) -> torch.Tensor:
-    """Every scene with two emoji side by side: rows of (left, right, colour), int (N, 3).
+def duets(unseen: bool) -> torch.Tensor:
+    """Scenes with two emoji side by side: rows of (left, right, colour), int (N, 3).
 
-    The pairs (left, right) whose numbers end in the same digit are never trained on. Either emoji may be on a colour
-    only if it may be alone: no scene shows what `held_out` keeps back.
+    Two emoji whose numbers end in the same digit are never shown together: with `unseen` their duets, else all others.
+    In both, each emoji stands only on colours on which it may be shown alone.
     """
     shown, digit = ~held_out(), torch.arange(len(NAMES)) % 10
-    pair = ((digit[:, None] == digit) == held_out_pairs).fill_diagonal_(False)  # never the same emoji twice
-    return (pair[:, :, None] & shown[:, None] & shown[None]).nonzero()
+    together = ((digit[:, None] == digit) == unseen).fill_diagonal_(False)  # never the same emoji twice
+    return (together[:, :, None] & shown[:, None] & shown[None]).nonzero()
 
 
 @functools.cache

@@ -139,7 +139,7 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=1,  # more would norm away how colours relate: one picture has one background
+        norm_num_groups=1,  # with more, channels are normed apart, and how bright each was, a colour, is lost
         sample_size=64,
         force_upcast=False,
     )
@@ -147,7 +147,7 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
         vae.quant_conv.weight[16:] *= 0.1
         vae.quant_conv.bias[16:] = -6
     vae.to(memory_format=torch.channels_last)
-    singles, duets = sprites.alone(~sprites.held_out()), sprites.duets(held_out_pairs=False)
+    singles, duets = sprites.alone(~sprites.held_out()), sprites.duets(unseen=False)
 
     def loss() -> Tensor:
         single, duet = torch.randint(len(singles), (batch // 2,)), torch.randint(len(duets), (batch - batch // 2,))
@@ -181,13 +181,13 @@ def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> N
 
 def unseen() -> Tensor:
     """Scenes (SHOWN, 3) for the grids, which are never trained on: half with one emoji, half with two."""
-    both = sprites.alone(sprites.held_out()), sprites.duets(held_out_pairs=True)
+    both = sprites.alone(sprites.held_out()), sprites.duets(unseen=True)
     return torch.cat([scenes[torch.linspace(0, len(scenes) - 1, SHOWN // 2).long()] for scenes in both])
 
 
 def trained() -> Tensor:
     """Scenes (N, 3): all with one emoji that are trained on, then DUETS with two; more wouldn't fit into memory."""
-    duets = sprites.duets(held_out_pairs=False)
+    duets = sprites.duets(unseen=False)
     some = torch.randperm(len(duets), generator=torch.Generator().manual_seed(0))[:DUETS]
     return torch.cat([sprites.alone(~sprites.held_out()), duets[some]])
 
@@ -337,14 +337,15 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
 
     def loss() -> Tensor:
         x0 = pictures[torch.randint(len(pictures), (batch,))]
-        # Logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1): mostly where little is seen and much known
+        # Logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1): most draws where noise hides the picture from
+        # the eye, and yet only one is possible
         normal = torch.special.ndtri((torch.arange(batch) + torch.rand(batch)) / batch)  # one from each equal share
         t = (1000 * torch.sigmoid(0.4 + 1.2 * normal)).long().clamp(max=999)
         noisy, alpha_bar = scheduler.add_noise(x0, torch.randn_like(x0), t), scheduler.alphas_cumprod[t]
         weights = posterior(noisy, alpha_bar, pictures)
         wanted = (weights @ pictures.flatten(1)).view_as(noisy)
 
-        def error(picture: Tensor) -> Tensor:  # that of v, but for the least noise
+        def error(picture: Tensor) -> Tensor:  # x0's over 1 - alpha_bar is v's; without end where there is no noise
             return ((picture - wanted).square().mean(dim=(1, 2, 3)) / (1 - alpha_bar).clamp(min=0.1)).mean()
 
         with FASTER:
@@ -374,9 +375,14 @@ def main() -> None:
     parser.add_argument("model", choices=["tiny-emoji", "tiny-ddpm"])
     parser.add_argument("--steps", type=int, nargs="+", help="of VAE, decoder and UNet, or of tiny-ddpm's one UNet")
     parser.add_argument("--batch", type=int, nargs="+", help="pictures a step, likewise")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where logs and checkpoints lie")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="where logs and checkpoints lie; what has begun there goes on"
+    )
     parser.add_argument("--out", type=Path, help="folder for the trained model (default: minidiff/bundled/MODEL)")
     options = parser.parse_args()
+    stages = 3 if options.model == "tiny-emoji" else 1
+    if any(len(numbers) != stages for numbers in (options.steps, options.batch) if numbers):
+        parser.error(f"{options.model} is trained in {stages} stage(s): --steps and --batch take a number for each")
     torch.manual_seed(0)
     if options.model == "tiny-emoji":
         steps, batch = options.steps or (3000, 1000, 6000), options.batch or (16, 16, 64)

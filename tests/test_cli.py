@@ -61,6 +61,7 @@ def test_grid_size_scale_and_scheduler(draw, tmp_path):
         (["--steps", "0"], "error: num_inference_steps=0"),
         (["--model", "./nowhere"], "error: ./nowhere: there is no such folder"),
         (["--device", "quantum"], "error: "),
+        *[(["--device", "cuda"], "error: ")] * (not torch.cuda.is_available()),
     ],
 )
 def test_errors_are_one_line(draw, tmp_path, capsys, arguments, message):
@@ -106,6 +107,8 @@ def test_unknown_words_are_named(tmp_path, monkeypatch, capsys):
     assert "warning: tiny-emoji has never seen the word 'platypus'; --list" in capsys.readouterr().err
     assert main(["a red aple", "--steps", "1"]) == 0
     assert "'aple'; did you mean maple or apple?" in capsys.readouterr().err
+    assert main(["a red apple", "--negative", "a foxx", "--steps", "1"]) == 0
+    assert "'foxx'; did you mean fox?" in capsys.readouterr().err
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert "red apple" in out and "Backgrounds: " in out and '"a fox and a cactus on a yellow background"' in out

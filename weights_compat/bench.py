@@ -1,7 +1,7 @@
 """The reference and minidiff on the same folder, for time and memory: what `verify` is for the numbers.
 
-Each side runs in a process of its own, in turns. Of all turns a row shows the median, and the ratio is what counts: the
-seconds of one machine say little about another's, and its own are others an hour later.
+Each side runs in a process of its own, in turns, and a row shows the median of all turns. The ratio is what counts:
+seconds differ between machines, and on one machine between two hours.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .verify import BOUNDS, Inputs, Side, denoise, find_folder
 
@@ -109,11 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = [args.name, "--device", args.device, "--dtype", args.dtype, "--steps", str(args.steps)]
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(args.turns):
-        for side, rows in turns.items():
-            rows.append(turn(side, options))
+    for side in tqdm(list(SIDES) * args.turns, "turns"):
+        turns[side].append(turn(side, options))
     print(f"{args.name}, {args.device}, {args.dtype}, {torch.get_num_threads()} threads; medians of {args.turns}\n")
-    print(f"{'':<32}{'reference':>12}{'minidiff':>12}{'ratio':>8}")
+    print(f"{'seconds, or MB':<32}{'reference':>12}{'minidiff':>12}{'ratio':>8}")
     for name in turns["minidiff"][0]:
         reference, ours = (statistics.median(row[name] for row in rows) for rows in turns.values())
         form = ",.0f" if name.endswith("MB") else ".3g"
