@@ -46,7 +46,6 @@ def nearest_scene(pictures: Tensor) -> Tensor:
 
     A duet's squared distance is the mean of its halves': the best of all is the best left one and the best right one.
     """
-
     one = distances(pictures, sprites.renders().flatten(0, 1) / 255).square()
     halves = sprites.halves().flatten(0, 1) / 255
     left, right = (  # values and indices, (B, 10) each

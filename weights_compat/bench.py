@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         index = read_json(args.folder / "model_index.json")
         dtype = getattr(torch, args.dtype)
-        side = Side(args.side == "reference", Path(args.folder), index, args.device, dtype)
+        side = Side(args.side == "reference", args.folder, index, args.device, dtype)
         print(json.dumps(measure(side, Inputs(args.device, dtype, args.steps, seed=0))))
         return 0
 
