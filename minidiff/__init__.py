@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-from .clip import CLIPTextModel, CLIPTextModelWithProjection
-from .config import ConfigError, LoadError
-from .pipeline import DiffusionPipeline
-from .pipelines import DDIMPipeline, DDPMPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler
-from .tokenizer import CLIPTokenizer
-from .unet import UNet2DConditionModel, UNet2DModel
-from .vae import AutoencoderKL
+from .loading.config import ConfigError, LoadError
+from .models import (
+    AutoencoderKL,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
+from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 __version__ = "0.1.0"
 
@@ -24,6 +27,7 @@ __all__ = [
     "DDPMPipeline",
     "DDPMScheduler",
     "DiffusionPipeline",
+    "EulerDiscreteScheduler",
     "LoadError",
     "PNDMPipeline",
     "PNDMScheduler",

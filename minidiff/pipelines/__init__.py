@@ -1,6 +1,7 @@
-from .ddim import DDIMPipeline
-from .ddpm import DDPMPipeline
-from .pndm import PNDMPipeline
-from .stable_diffusion import StableDiffusionPipeline
+"""Whole systems: which models and scheduler belong together, and in what order they run."""
 
-__all__ = ["DDIMPipeline", "DDPMPipeline", "PNDMPipeline", "StableDiffusionPipeline"]
+from .base import DiffusionPipeline
+from .text_to_image import StableDiffusionPipeline
+from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
+
+__all__ = ["DDIMPipeline", "DDPMPipeline", "DiffusionPipeline", "PNDMPipeline", "StableDiffusionPipeline"]

@@ -1,12 +1,15 @@
-"""The loop that DDPM, DDIM and PNDM share: noise in, picture out, in the pixels themselves, with no text."""
+"""Pictures out of noise alone, with no text and in the pixels themselves: the pipelines of three papers."""
 
 from typing import Any
 
+import torch
+
 from ..images import check_output_type, to_output
+from ..models import UNet2DModel
 from ..noise import Generators, randn_tensor
-from ..pipeline import DiffusionPipeline, ImageOutput, check_finite
+from ..schedulers import DDIMScheduler, PNDMScheduler
 from ..schedulers.base import Scheduler
-from ..unet import UNet2DModel
+from .base import DiffusionPipeline, ImageOutput, check_finite
 
 
 class UnconditionalPipeline(DiffusionPipeline):
@@ -41,3 +44,62 @@ class UnconditionalPipeline(DiffusionPipeline):
         check_finite(finite, timesteps)
         output = ImageOutput(to_output(sample, output_type))
         return output if return_dict else tuple(output)
+
+
+class DDPMPipeline(UnconditionalPipeline):
+    """Denoising diffusion probabilistic models (Ho et al., arXiv 2006.11239), algorithm 2: sampling."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImageOutput | tuple:
+        """`batch_size` pictures. `output_type`: "pil"; "np", (B, H, W, C) in [0, 1]; "pt", (B, C, H, W) in [0, 1]."""
+        return self.sample(batch_size, generator, num_inference_steps, output_type, return_dict, generator=generator)
+
+
+class DDIMPipeline(UnconditionalPipeline):
+    """Denoising diffusion implicit models (Song et al., arXiv 2010.02502): the DDPM's network, in fewer steps."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+        super().__init__(unet, scheduler)
+        self.scheduler = DDIMScheduler.from_config(scheduler.config)  # folders often hold DDPM's
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImageOutput | tuple:
+        """`batch_size` pictures. `eta` 0 is deterministic, 1 is DDPM; `output_type` as in DDPMPipeline."""
+        options = {"eta": eta, "use_clipped_model_output": bool(use_clipped_model_output), "generator": generator}
+        return self.sample(batch_size, generator, num_inference_steps, output_type, return_dict, **options)
+
+
+class PNDMPipeline(UnconditionalPipeline):
+    """Pseudo numerical methods for diffusion models on manifolds (Liu et al., arXiv 2202.09778), algorithm 2."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+        super().__init__(unet, scheduler)
+        self.scheduler = PNDMScheduler.from_config(scheduler.config)  # folders often hold DDPM's
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImageOutput | tuple:
+        """`batch_size` pictures, in `num_inference_steps` + 9 passes (PRK). `output_type` as in DDPMPipeline."""
+        return self.sample(batch_size, generator, num_inference_steps, output_type, return_dict)

@@ -1,7 +1,8 @@
-"""The samplers. Each file is one, and `base.py` is what they share."""
+"""The samplers. Each file is one; `schedule.py` has the noise schedules, `base.py` and `sigma.py` what is shared."""
 
 from .ddim import DDIMScheduler
 from .ddpm import DDPMScheduler
+from .euler import EulerDiscreteScheduler
 from .pndm import PNDMScheduler
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]

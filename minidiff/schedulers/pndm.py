@@ -6,20 +6,23 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .base import Scheduler, SchedulerConfig, SchedulerOutput, to_device
+from .base import Scheduler, SchedulerConfig, SchedulerOutput, Spacing
 
 # Adams-Bashforth: the weights of the predictions, newest first, and their common divisor, for 1 to 4 of them.
 PLMS_WEIGHTS = (((1,), 1), ((3, -1), 2), ((23, -16, 5), 12), ((55, -59, 37, -9), 24))  # the last is eq. 12
 PRK_WEIGHTS = (1 / 6, 1 / 3, 1 / 3, 1 / 6)  # eq. 13
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PNDMConfig(SchedulerConfig):
+    """The keys of PNDMScheduler."""
+
     skip_prk_steps: bool = False  # Stable Diffusion starts with PLMS of lower order instead
     set_alpha_to_one: bool = False  # whether the last step ends at alpha_bar 1, free of noise, or at timestep 0's
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"  # the reference has no "sample"
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    timestep_spacing: Spacing = "leading"
     steps_offset: int = 0
 
 
@@ -41,7 +44,7 @@ class PNDMScheduler(Scheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Plans the steps, at most `num_train_timesteps` and with PRK at least 4, and forgets all past predictions."""
-        grid = self._grid(num_inference_steps)
+        grid = self._spaced(num_inference_steps).round().astype("int64")
         if self.config.skip_prk_steps:
             self.prk_timesteps = grid[:0]
             self.plms_timesteps = np.concatenate([grid[:1], grid[1:2], grid[1:]])  # the first step is taken twice
@@ -52,16 +55,15 @@ class PNDMScheduler(Scheduler):
             stages = [(t, t_next + half, t_next + half, t_next) for t, t_next in pairwise(grid[:4])]
             self.prk_timesteps = np.concatenate(stages)
             self.plms_timesteps = grid[3:]
-        self.timesteps = to_device(np.concatenate([self.prk_timesteps, self.plms_timesteps]), device)
-        self.num_inference_steps = int(num_inference_steps)
-        self.counter = 0  # of calls to step
-        self.history: list[torch.Tensor] = []  # past predictions, newest last
+        self._begin(np.concatenate([self.prk_timesteps, self.plms_timesteps]), device)
+        self.num_inference_steps = len(grid)
+        self.counter = 0  # of calls to step, wherever in the grid the first one was
 
     def step(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple:  # model_output, sample: (B, C, H, W)
         """From x_t to the next sample that the model has to see, by `step_prk` or `step_plms`, whichever is due."""
@@ -71,9 +73,9 @@ class PNDMScheduler(Scheduler):
 
     def step_prk(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple:
         """One of the four stages of a Runge-Kutta step, eq. 13: all start from the sample of the first stage."""
@@ -85,7 +87,7 @@ class PNDMScheduler(Scheduler):
         stage = self.counter % 4
         if stage == 0:
             self.start, self.start_sample, self.average = t, sample, 0
-            self.history.append(model_output)
+            self.history = (*self.history, model_output)
         self.average = self.average + PRK_WEIGHTS[stage] * model_output
         prediction = self.average if stage == 3 else model_output
         target = t - half if stage in (0, 2) else t  # the model was called at t, t_mid, t_mid and t_next
@@ -93,9 +95,9 @@ class PNDMScheduler(Scheduler):
 
     def step_plms(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple:
         """A linear multistep step, eq. 12. Without PRK the first step is taken twice, with the mean of both ends."""
@@ -109,19 +111,19 @@ class PNDMScheduler(Scheduler):
         if self.counter == 1:
             prediction = (model_output + self.history[-1]) / 2
             return self._move(prediction, self.start_sample, t + stride, t, return_dict)
-        self.history = [*self.history[-3:], model_output]
+        self.history = (*self.history[-3:], model_output)
         weights, divisor = PLMS_WEIGHTS[len(self.history) - 1]
         prediction = 1 / divisor * sum(w * past for w, past in zip(weights, reversed(self.history), strict=True))
         return self._move(prediction, sample, t, t - stride, return_dict)
 
-    def _eps_for_x0(self, model_output: torch.Tensor, t: int, sample: torch.Tensor) -> torch.Tensor:
+    def _eps_for_x0(self, model_output: Tensor, t: int, sample: Tensor) -> Tensor:
         """What is averaged, of a model that was called with `sample` at timestep t: eps in place of x0."""
         if self.config.prediction_type != "sample":
             return model_output
         return self._x0_and_eps(model_output, self._alpha_bar(t), sample)[1]
 
     def _move(
-        self, prediction: torch.Tensor, sample: torch.Tensor, t: int, t_prev: int, return_dict: bool
+        self, prediction: Tensor, sample: Tensor, t: int, t_prev: int, return_dict: bool
     ) -> SchedulerOutput | tuple:
         """The transfer phi of eq. 11 along the curve of eq. 9, from timestep t to t_prev."""
         alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(t_prev)
@@ -131,4 +133,4 @@ class PNDMScheduler(Scheduler):
         denominator = alpha_bar * (1 - alpha_bar_prev) ** 0.5 + (alpha_bar * (1 - alpha_bar) * alpha_bar_prev) ** 0.5
         prev_sample = (alpha_bar_prev / alpha_bar) ** 0.5 * sample - (alpha_bar_prev - alpha_bar) * eps / denominator
         self.counter += 1
-        return SchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+        return self._leave(prev_sample, None, return_dict)

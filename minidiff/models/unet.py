@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MAX_DEPTH, MAX_LEVELS, MAX_WIDTH, Config, Model
+from weights_compat.unet import UNET_2D, UNET_2D_CONDITION
+
+from ..loading.component import Model
+from ..loading.config import MAX_LEVELS, Config, Depth, Width
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -65,10 +68,10 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_in, H, W) -> (B, c_out, H, W)
         if self.time_proj is not None:
-            h = h + self.time_proj(F.silu(time))[:, :, None, None]
+            h = h + self.time_proj(F.silu(temb))[:, :, None, None]
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
@@ -190,11 +193,11 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)  # empty, or one for each resnet
         self.downsample = downsample
 
-    def forward(self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor, temb: Tensor | None = None, context: Tensor | None = None) -> list[Tensor]:
         """Returns every intermediate result, for the skip connections; the last one is the block's output."""
         outputs = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = resnet(x, temb)
             if self.attentions:
                 x = self.attentions[i](x, context)
             outputs.append(x)
@@ -211,15 +214,15 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
 
-    def forward(self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        x = self.resnets[0](x, time)
+    def forward(self, x: Tensor, temb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](x, temb)
         for attention in self.attentions:
             x = attention(x, context)
-        return self.resnets[1](x, time)
+        return self.resnets[1](x, temb)
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: each residual block first takes one skip connection off the stack."""
+    """One level on the way up: each residual block first takes one skip connection, the last one first."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module], upsample: Upsample | None):
         super().__init__()
@@ -227,14 +230,20 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)  # empty, or one for each resnet
         self.upsample = upsample
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor | None = None) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)  # (B, C + C_skip, H, W) -> (B, C, H, W)
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        temb: Tensor,
+        context: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """`skips`: one for each resnet. `size`: to go up to; an odd one is a pixel less than twice the present."""
+        for i, (resnet, skip) in enumerate(zip(self.resnets, reversed(skips), strict=True)):
+            x = resnet(torch.cat([x, skip], dim=1), temb)  # (B, C + C_skip, H, W) -> (B, C, H, W)
             if self.attentions:
                 x = self.attentions[i](x, context)
-        if self.upsample is not None:
-            x = self.upsample(x, skips[-1].shape[-2:])  # to the skip's size: it may be odd
-        return x
+        return x if self.upsample is None else self.upsample(x, size)
 
 
 class UNetOutput(NamedTuple):
@@ -243,41 +252,27 @@ class UNetOutput(NamedTuple):
     sample: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class UNetConfig(Config):
-    """The keys that both networks have. Defaults are UNet2DConditionModel's, which are Stable Diffusion 1's.
-
-    A key that real checkpoints hold at one value alone is a Literal of it.
-    """
+    """The keys that both networks have; those that real checkpoints hold at one value stand at the file's foot."""
 
     sample_size: int | tuple[int, ...] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
-    center_input_sample: Literal[False] = False
+    in_channels: Width = 4
+    out_channels: Width = 4
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-    down_block_types: tuple[str, ...] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
-    up_block_types: tuple[str, ...] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    block_out_channels: tuple[Width, ...]
+    layers_per_block: Depth = 2
     downsample_padding: Literal[0, 1] = 1
-    mid_block_scale_factor: Literal[1] = 1
-    dropout: Literal[0] = 0.0
-    act_fn: Literal["silu"] = "silu"
-    norm_num_groups: int = 32
+    norm_num_groups: Width = 32
     norm_eps: float = 1e-5
-    resnet_time_scale_shift: Literal["default"] = "default"
-    time_embedding_type: Literal["positional"] = "positional"
-    class_embed_type: Literal[None] = None
-    num_class_embeds: Literal[None] = None
 
     def __post_init__(self):
         super().__post_init__()
-        levels = len(self.block_out_channels)
-        self.require_within(MAX_WIDTH, "in_channels", "out_channels", "norm_num_groups", "block_out_channels")
-        self.require_within(MAX_DEPTH, "layers_per_block")
+        levels, groups = len(self.block_out_channels), self.norm_num_groups
         self.require(0 < levels <= MAX_LEVELS, "block_out_channels", f"name 1 to {MAX_LEVELS} levels")
-        groups = self.norm_num_groups
         fits = all(c % 2 == 0 and c % groups == 0 for c in self.block_out_channels)
         self.require(fits, "block_out_channels", f"hold even multiples of norm_num_groups={groups}")
         waves = self.block_out_channels[0] // 2  # timestep_embedding divides by their number less freq_shift
@@ -292,37 +287,45 @@ class UNetConfig(Config):
         self.require(len(values) == levels, key, f"have {levels} values, one for each of block_out_channels")
         return values
 
+    def attending(self, middle: bool = True) -> set[int]:
+        """The levels with attention, on either way; the middle is of the last level's width."""
+        kinds = (*enumerate(self.down_block_types), *enumerate(reversed(self.up_block_types)))
+        last = {len(self.block_out_channels) - 1} if middle else set()
+        return {level for level, kind in kinds if "Attn" in kind} | last
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class UNet2DConfig(UNetConfig):
-    in_channels: int = 3
-    out_channels: int = 3
+    """The keys of UNet2DModel."""
+
+    in_channels: Width = 3
+    out_channels: Width = 3
     down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D"], ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
     up_block_types: tuple[Literal["UpBlock2D", "AttnUpBlock2D"], ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    downsample_type: Literal["conv"] = "conv"
-    upsample_type: Literal["conv"] = "conv"
-    attention_head_dim: int | None = 8  # channels of a head; None: one head
-    attn_norm_num_groups: Literal[None] = None
+    block_out_channels: tuple[Width, ...] = (224, 448, 672, 896)
+    attention_head_dim: Width | None = 8  # channels of a head; None: one head
     add_attention: bool = True  # in the middle
-    mid_block_type: Literal["UNetMidBlock2D"] = "UNetMidBlock2D"
-    num_train_timesteps: int | None = None  # documents the training; the network doesn't read it
 
     def __post_init__(self):
         super().__post_init__()
-        width = self.attention_head_dim
-        fits = width is None or (width > 0 and all(c % width == 0 for c in self.block_out_channels))
-        self.require(fits, "attention_head_dim", "divide every one of block_out_channels")
+        width, levels = self.attention_head_dim, self.attending(self.add_attention)
+        fits = width is None or all(self.block_out_channels[level] % width == 0 for level in levels)
+        self.require(fits, "attention_head_dim", "divide the block_out_channels of every level with attention")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class UNet2DConditionConfig(UNetConfig):
-    down_block_types: tuple[Literal["DownBlock2D", "CrossAttnDownBlock2D"], ...] = UNetConfig.down_block_types
-    up_block_types: tuple[Literal["UpBlock2D", "CrossAttnUpBlock2D"], ...] = UNetConfig.up_block_types
-    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
-    cross_attention_dim: int = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads: an old misnomer that every checkpoint keeps
+    """The keys of UNet2DConditionModel. Its defaults are Stable Diffusion 1's, but for cross_attention_dim."""
+
+    down_block_types: tuple[Literal["DownBlock2D", "CrossAttnDownBlock2D"], ...] = (
+        *["CrossAttnDownBlock2D"] * 3,
+        "DownBlock2D",
+    )
+    up_block_types: tuple[Literal["UpBlock2D", "CrossAttnUpBlock2D"], ...] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+    block_out_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
+    cross_attention_dim: Width = 1280
+    transformer_layers_per_block: Depth | tuple[Depth, ...] = 1
+    attention_head_dim: Width | tuple[Width, ...] = 8  # the NUMBER of heads: an old misnomer that checkpoints keep
     use_linear_projection: bool = False
     # SD 2.1 asks for attention in float32. Here, as in the reference, scaled_dot_product_attention is taken all the
     # same: its softmax runs in float32 inside
@@ -330,46 +333,22 @@ class UNet2DConditionConfig(UNetConfig):
     addition_embed_type: Literal["text_time", None] = None  # XL: pooled text, sizes and crops join the timestep
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
-    num_attention_heads: Literal[None] = None
-    reverse_transformer_layers_per_block: Literal[None] = None
-    only_cross_attention: Literal[False] = False
-    mid_block_only_cross_attention: Literal[None, False] = None
-    dual_cross_attention: Literal[False] = False
-    cross_attention_norm: Literal[None] = None
-    attention_type: Literal["default"] = "default"
-    encoder_hid_dim: Literal[None] = None
-    encoder_hid_dim_type: Literal[None] = None
-    addition_embed_type_num_heads: int = 64  # read for an addition_embed_type of "text" alone
-    resnet_skip_time_act: Literal[False] = False
-    resnet_out_scale_factor: Literal[1] = 1.0
-    time_embedding_dim: Literal[None] = None
-    time_embedding_act_fn: Literal[None] = None
-    timestep_post_act: Literal[None] = None
-    time_cond_proj_dim: Literal[None] = None
-    conv_in_kernel: Literal[3] = 3
-    conv_out_kernel: Literal[3] = 3
-    class_embeddings_concat: Literal[False] = False
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_within(MAX_WIDTH, "cross_attention_dim", "attention_head_dim")
-        self.require_within(MAX_DEPTH, "transformer_layers_per_block")
         self.per_level("transformer_layers_per_block")
-        heads = self.per_level("attention_head_dim")
-        fits = all(c % n == 0 for c, n in zip(self.block_out_channels, heads, strict=True))
+        heads, widths = self.per_level("attention_head_dim"), self.block_out_channels
+        fits = all(widths[level] % heads[level] == 0 for level in self.attending())
         self.require(fits, "attention_head_dim", "divide block_out_channels level by level: it is the number of heads")
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-            fits = self.addition_embed_type is None or 2 * self.freq_shift < (self[key] or 0) <= MAX_WIDTH
-            must = f'lie between 2 * freq_shift and {MAX_WIDTH}, for addition_embed_type="text_time"'
-            self.require(fits, key, must)
+            fits = self.addition_embed_type is None or 2 * self.freq_shift < (self[key] or 0) <= 2**20
+            self.require(fits, key, f'lie between 2 * freq_shift and {2**20}, for addition_embed_type="text_time"')
 
 
-class UNet(Model):
+class UNet(Model, abstract=True):
     """What both networks share: the whole path from noisy sample to predicted noise. Subclasses name the attention."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        c = self.config
+    def build(self, c: UNetConfig) -> None:
         widths, groups, eps = c.block_out_channels, c.norm_num_groups, c.norm_eps
         time_dim = 4 * widths[0]
         last = len(widths) - 1
@@ -417,7 +396,7 @@ class UNet(Model):
         """The attention of one level: over pixels in UNet2DModel, a transformer that reads text in the other."""
         raise NotImplementedError
 
-    def embed_time(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def embed_timestep(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """(B, time_dim): one timestep for all samples, or one for each."""
         c = self.config
         if not isinstance(timestep, Tensor | numbers.Real):
@@ -429,15 +408,18 @@ class UNet(Model):
         waves = timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         return self.time_mlp(waves.to(sample.dtype))  # waves are float32; the network may not be
 
-    def denoise(self, sample: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
+    def denoise(self, sample: Tensor, temb: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down:
-            skips += block(skips[-1], time, context)
-        x = self.mid(skips[-1], time, context)
+            skips += self.through(block, skips[-1], temb, context)
+        x = self.through(self.mid, skips[-1], temb, context)
         for block in self.up:
-            x = block(x, skips, time, context)
+            n = len(block.resnets)
+            skips, taken = skips[:-n], skips[-n:]
+            size = skips[-1].shape[-2:] if skips else None  # of the level above: it may be odd
+            x = self.through(block, x, taken, temb, context, size)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def check(self, sample: Tensor) -> None:
@@ -456,6 +438,7 @@ class UNet2DModel(UNet):
     """Predicts the noise in a picture (Denoising diffusion probabilistic models, appendix B)."""
 
     Config = UNet2DConfig
+    table = UNET_2D
 
     def make_attention(self, level: int) -> PixelAttention:
         c = self.config
@@ -477,7 +460,7 @@ class UNet2DModel(UNet):
             )
         if class_labels is not None:
             raise ValueError("class_labels was given; no supported UNet2DModel is conditioned on classes")
-        out = self.denoise(sample, self.embed_time(sample, timestep))
+        out = self.denoise(sample, self.embed_timestep(sample, timestep))
         return UNetOutput(out) if return_dict else (out,)
 
 
@@ -488,10 +471,10 @@ class UNet2DConditionModel(UNet):
     """
 
     Config = UNet2DConditionConfig
+    table = UNET_2D_CONDITION
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        c = self.config
+    def build(self, c: UNet2DConditionConfig) -> None:
+        super().build(c)
         if c.addition_embed_type == "text_time":
             self.added_mlp = TimeMLP(c.projection_class_embeddings_input_dim, 4 * c.block_out_channels[0])
 
@@ -539,8 +522,53 @@ class UNet2DConditionModel(UNet):
                 f"encoder_hidden_states has shape {tuple(states.shape)}; this UNet takes"
                 f" ({len(sample)}, length, {self.config.cross_attention_dim})"
             )
-        time = self.embed_time(sample, timestep)
+        temb = self.embed_timestep(sample, timestep)
         if self.config.addition_embed_type == "text_time":
-            time = time + self.embed_added(sample, added_cond_kwargs)
-        out = self.denoise(sample, time, states)
+            temb = temb + self.embed_added(sample, added_cond_kwargs)
+        out = self.denoise(sample, temb, states)
         return UNetOutput(out) if return_dict else (out,)
+
+
+# Keys that real checkpoints hold at one value alone
+
+UNetConfig.fixed = {
+    "center_input_sample": False,
+    "mid_block_scale_factor": 1,
+    "dropout": 0,
+    "act_fn": "silu",
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+}
+
+UNet2DConfig.fixed = UNetConfig.fixed | {
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "attn_norm_num_groups": None,
+    "mid_block_type": "UNetMidBlock2D",
+}
+UNet2DConfig.inert = {"num_train_timesteps": "documents the training; the network doesn't read it"}
+
+UNet2DConditionConfig.fixed = UNetConfig.fixed | {
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "reverse_transformer_layers_per_block": None,
+    "only_cross_attention": False,
+    "mid_block_only_cross_attention": Literal[None, False],
+    "dual_cross_attention": False,
+    "cross_attention_norm": None,
+    "attention_type": "default",
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "class_embeddings_concat": False,
+}
+UNet2DConditionConfig.inert = {"addition_embed_type_num_heads": 'read for an addition_embed_type of "text" alone'}

@@ -11,10 +11,23 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Configured, LoadError, read_json
-from .loading import fetch, load_components, save_components, wanted_by_pipeline, which_files
+from ..loading.component import Component
+from ..loading.config import LoadError, read_json
+from ..loading.folder import load_components, save_components, wanted_by_pipeline
+from ..loading.hub import fetch
+from ..loading.weights import which_files
+from ..outputs import output
+
+PIPELINES: dict[str, type["DiffusionPipeline"]] = {}  # by class name; each enters by being defined
+
+# Parts of real folders that a picture doesn't depend on and that aren't written yet
+LEFT_OUT = {
+    "safety_checker": ("StableDiffusionSafetyChecker",),
+    "feature_extractor": ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorPil"),
+}
 
 
+@output
 class ImageOutput(NamedTuple):
     """`images`: a list of PIL images, or an array or tensor, as `output_type` says."""
 
@@ -28,6 +41,10 @@ class DiffusionPipeline:
     """
 
     setting_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        PIPELINES[cls.__name__] = cls
 
     def register_modules(self, **components: Any) -> None:
         """Keeps the components as attributes; `components` and `save_pretrained` know them by these names.
@@ -73,7 +90,7 @@ class DiffusionPipeline:
         files = which_files(dtype or torch_dtype, variant, use_safetensors)
 
         def wanted(names: list[str]) -> list[str]:
-            return wanted_by_pipeline(names, files, components)
+            return wanted_by_pipeline(names, files, {*components, *LEFT_OUT})
 
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = fetch(pretrained_model_name_or_path, wanted, "model_index.json", **hub)
@@ -83,7 +100,8 @@ class DiffusionPipeline:
         parameters = inspect.signature(cls).parameters
         if unknown := components.keys() - parameters.keys():
             raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
-        found = load_components(index_file, components, files, tuple(parameters), cls.setting_names)
+        left_out = {kind for kinds in LEFT_OUT.values() for kind in kinds}
+        found = load_components(index_file, components, files, tuple(parameters), cls.setting_names, left_out)
         found |= components
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
         if missing := [name for name in required if found.get(name) is None]:
@@ -140,15 +158,13 @@ def check_finite(finite: list[Tensor], timesteps: list[int]) -> None:
 
 def _serves_as(component: Any, kind: type) -> bool:
     """One of minidiff's own classes must be `kind`; what others wrote (a wrapped model, say) must only look like it."""
-    if isinstance(component, kind | Configured | type | None):
+    if isinstance(component, kind | Component | type | None):
         return isinstance(component, kind)
     looks = callable(component) or hasattr(component, "step")
     return looks and isinstance(component, nn.Module) == issubclass(kind, nn.Module)
 
 
 def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:
-    from . import pipelines  # they import this file
-
-    if name not in pipelines.__all__:
-        raise LoadError(f"{where}: _class_name={name!r} is not supported; supported: {', '.join(pipelines.__all__)}")
-    return getattr(pipelines, name)
+    if name not in PIPELINES:
+        raise LoadError(f"{where}: _class_name={name!r} is not supported; supported: {', '.join(sorted(PIPELINES))}")
+    return PIPELINES[name]

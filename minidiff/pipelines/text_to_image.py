@@ -13,15 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..clip import CLIPTextModel
-from ..config import check_tensors
 from ..images import check_output_type, to_output
+from ..loading.component import check_tensors
+from ..models import AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
 from ..noise import Generators, randn_tensor
-from ..pipeline import DiffusionPipeline, check_finite
 from ..schedulers.base import Scheduler, check_number
-from ..tokenizer import CLIPTokenizer
-from ..unet import UNet2DConditionModel
-from ..vae import AutoencoderKL
+from .base import DiffusionPipeline, check_finite
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 

@@ -1,22 +1,21 @@
 """Configuration: JSON in, a frozen dataclass to read, JSON out.
 
 Every model and scheduler declares its keys once, as a dataclass derived from `Config`. The type hints say what is
-supported: a key that exists only at one value in real checkpoints is a `Literal` of that value, and any other value is
-an error that names the key. Nothing is ignored in silence: a key that the dataclass doesn't have is an error too,
-unless `inert` lists it with the reason why it changes nothing.
+supported: numbers have their range there (`Annotated`), and a value that isn't in the hint is an error that names the
+key. Keys that real checkpoints hold at one value alone stand apart, in `fixed`. Nothing is ignored in silence: a key
+that nobody knows is an error too, unless `inert` lists it with the reason why it changes nothing.
 """
 
-import inspect
 import json
 import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import nn
+MAX_JSON_BYTES = 8 * 2**20  # the largest of real models is a tokenizer of 3 MB
 
 
 class ConfigError(ValueError):
@@ -27,8 +26,18 @@ class LoadError(OSError, ValueError):
     """A file of a model folder is missing, damaged or not supported. The message names it."""
 
 
-MAX_WIDTH, MAX_DEPTH, MAX_LEVELS = 2**20, 100, 16  # of channels, tokens, timesteps; of layers; of sizes in a UNet
-MAX_JSON_BYTES = 8 * 2**20  # the largest of real models is a tokenizer of 3 MB
+class Range(NamedTuple):
+    """The ends of a number's range, for a hint: `Annotated[int, Range(1, 100)]`."""
+
+    least: float
+    most: float
+
+
+# A damaged file must not cost hours of building, or shapes that overflow: hence limits, far above real models.
+Width = Annotated[int, Range(1, 2**20)]  # of channels, tokens, timesteps
+Depth = Annotated[int, Range(1, 100)]  # of layers
+Share = Annotated[float, Range(0, 1)]
+MAX_LEVELS = 16  # of sizes in a UNet
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -50,14 +59,20 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True, eq=False)
 class Config(Mapping):
     """Base of all configs: reads by attribute (`config.in_channels`) and as a mapping (`**config`).
 
+    `fixed` are the keys that are known at one value alone: a value, or a `Literal` whose first one is the default.
     `given` are the keys that were named rather than defaulted: only those travel to a class with other defaults.
     `extra` are keys that another class reads; they are kept, so that swapping a scheduler back restores them.
     """
 
+    fixed: ClassVar[Mapping[str, Any]] = {}
     inert: ClassVar[Mapping[str, str]] = {}
     given: ClassVar[frozenset[str]] = frozenset()
     extra: ClassVar[Mapping[str, Any]] = {}
@@ -77,11 +92,16 @@ class Config(Mapping):
         """
         where = where or cls.__name__
         values = {key: value for key, value in values.items() if not key.startswith("_")}
-        known = {field.name for field in fields(cls)}
+        known = _hints(cls).keys()
         extra = {key: value for key, value in values.items() if key not in known}
         for key, value in extra.items():
-            if key not in cls.inert:
-                raise ConfigError(f"{where}: unknown key {key}={value!r}; supported keys: {', '.join(sorted(known))}")
+            if key in cls.fixed:
+                hint = _as_literal(cls.fixed[key])
+                if not _matches(_tuples(value), hint):
+                    raise ConfigError(f"{where}: {key}={value!r} is not supported; supported: {_describe(hint)}")
+            elif not cls.is_inert(key):
+                supported = ", ".join(sorted({*known, *cls.fixed}))
+                raise ConfigError(f"{where}: unknown key {key}={value!r}; supported keys: {supported}")
         given = {key: value for key, value in values.items() if key in known}
         try:
             config = cls(**given)
@@ -90,6 +110,11 @@ class Config(Mapping):
         object.__setattr__(config, "given", frozenset(given))
         object.__setattr__(config, "extra", extra)
         return config
+
+    @classmethod
+    def is_inert(cls, key: str) -> bool:
+        """Whether `key`, which this class doesn't have, may stand in its file all the same."""
+        return key in cls.inert
 
     def explicit(self) -> dict[str, Any]:
         """The keys that were named when this config was made, without the defaults."""
@@ -100,108 +125,37 @@ class Config(Mapping):
         if not condition:
             raise ConfigError(f"{key}={self[key]!r} is not supported: it must {must}")
 
-    def require_within(self, most: int, *keys: str) -> None:
-        """Raises a ConfigError for the first of `keys` whose number, or one of its numbers, is not in 1..most.
-
-        A damaged file must not cost hours of building, or shapes that overflow: hence limits, far above real models.
-        """
-        for key in keys:
-            values = self[key] if isinstance(self[key], tuple) else (self[key],)
-            self.require(all(1 <= value <= most for value in values), key, f"lie in 1..{most}")
-
     def __getitem__(self, key: str) -> Any:
         if key in self.extra:
             return self.extra[key]
-        if key not in (field.name for field in fields(self)):
-            raise KeyError(key)
-        return getattr(self, key)
+        if key in _hints(type(self)):
+            return getattr(self, key)
+        if key in self.fixed:
+            return get_args(_as_literal(self.fixed[key]))[0]
+        raise KeyError(key)
 
     def __getattr__(self, key: str) -> Any:  # called only for names that aren't fields
-        if key in self.extra:
-            return self.extra[key]
-        raise AttributeError(f"{type(self).__name__} has no key {key!r}")
+        if key in self.extra or key in self.fixed:
+            return self[key]
+        raise AttributeError(f"{type(self).__name__} has no key {key!r}; its keys: {', '.join(sorted(self))}")
 
     def __iter__(self) -> Iterator[str]:
-        yield from (field.name for field in fields(self))
-        yield from self.extra
+        yield from dict.fromkeys((*_hints(type(self)), *self.fixed, *self.extra))
 
     def __len__(self) -> int:
-        return len(fields(self)) + len(self.extra)
+        return len(list(iter(self)))
 
 
-class Configured:
-    """Base of everything with a config. The constructor takes the keys of `Config`, by position or by name."""
-
-    Config: ClassVar[type[Config]]
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "Config" in vars(cls):  # so that help() and editors show the keys, with their defaults
-            cls.__signature__ = inspect.signature(cls.Config)
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-        if len(args) == 1 and not kwargs and isinstance(args[0], self.Config):
-            self.config = args[0]
-        else:
-            self.config = self.Config.read(inspect.signature(self.Config).bind(*args, **kwargs).arguments)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides) -> Self:
-        """Builds from a mapping, or from another object's `.config`, whose defaulted keys are left behind.
-
-        `overrides` are the class's own keys. (The reference's configs list their defaulted keys in a private one.)
-        """
-        inspect.signature(cls.Config).bind_partial(**overrides)
-        if not isinstance(config, Mapping):
-            raise TypeError(f"config must be a mapping, but is {config!r}")
-        defaulted = config.get("_use_default_values", ())
-        values = config.explicit() if isinstance(config, Config) else config
-        values = {key: value for key, value in values.items() if key not in defaulted}
-        return cls(cls.Config.read({**values, **overrides}))
-
-    @classmethod
-    def from_pretrained(cls, path: str, *, subfolder: str | None = None, **options) -> Self:
-        """Loads from a folder or Hub id; `options` are those of `minidiff.loading.load_component`."""
-        from .loading import load_component
-
-        return load_component(cls, path, subfolder=subfolder, **options)
-
-    def save_pretrained(self, folder: str, **options) -> None:
-        """Writes config and weights in the Hub's layout; `options` are those of `minidiff.loading.save_component`."""
-        from .loading import save_component
-
-        save_component(self, folder, **options)
+def _as_literal(value: Any) -> Any:
+    """What `fixed` says of a key, as a hint."""
+    return value if get_origin(value) is Literal else Literal[value]
 
 
-def check_tensors(**arguments) -> None:
-    """Raises a TypeError that names the first argument that is no tensor."""
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, but is {value!r}")
-
-
-class Model(Configured, nn.Module):
-    """A network with a config. It holds weights alone, and lives where and in what dtype its parameters do."""
-
-    def check_inputs(self, **inputs: torch.Tensor) -> None:
-        """Raises a TypeError that names the first input that is no tensor, or not of the weights' dtype."""
-        check_tensors(**inputs)
-        for name, value in inputs.items():
-            if value.dtype != self.dtype and not torch.is_autocast_enabled(value.device.type):
-                raise TypeError(f"{name} is {value.dtype}, but this {type(self).__name__} is {self.dtype}: convert one")
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-
+@cache
 def _hints(cls: type[Config]) -> dict[str, Any]:
-    return {key: hint for key, hint in get_type_hints(cls).items() if get_origin(hint) is not ClassVar}
+    """The keys of a config class with their hints, in order."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def _tuples(value: Any) -> Any:
@@ -214,6 +168,9 @@ def _matches(value: Any, hint: Any) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in args)
+    if origin is Annotated:
+        kind, (least, most) = args
+        return _matches(value, kind) and least <= value <= most
     if origin in (Union, types.UnionType):
         return any(_matches(value, option) for option in args)
     if origin is tuple:  # tuple[x, ...]
@@ -228,7 +185,9 @@ def _matches(value: Any, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return ", ".join(map(repr, args))
+        return ", ".join("null" if option is None else repr(option) for option in args)
+    if origin is Annotated:
+        return f"{_describe(args[0])} in {args[1].least}..{args[1].most}"
     if origin in (Union, types.UnionType):
         return ", ".join(map(_describe, args))
     if origin is tuple:

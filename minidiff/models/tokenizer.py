@@ -17,7 +17,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from .config import Config, ConfigError, LoadError, read_json
+from ..loading.component import Component
+from ..loading.config import Config, ConfigError, LoadError, read_json
+from ..loading.weights import Files
 
 # A word: a special token, the end of a contraction, letters, ONE digit, or a run of other signs.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -106,12 +108,18 @@ class BatchEncoding(dict):
         raise AttributeError(f"the encoding has no {key!r}; it has {', '.join(self)}")
 
 
-class CLIPTokenizer:
+class CLIPTokenizer(Component):
     """Byte-pair tokenizer of CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020, section 2.4).
 
     `vocab` maps tokens to ids, `merges` are the pairs to join, the first ones first; `config` are the keys of a
     TokenizerConfig. Raises ConfigError for a key, ValueError for a vocabulary that merges or tokens don't fit.
     """
+
+    library, aliases = "transformers", ("CLIPTokenizerFast",)
+    files = (
+        *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+        *("special_tokens_map.json", "added_tokens.json"),
+    )
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **config):
         config = TokenizerConfig.read(config)
@@ -251,26 +259,12 @@ class CLIPTokenizer:
         return self._backend.get_vocab(with_added_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, path: str, subfolder: str | None = None, **options) -> Self:
-        """Loads from a folder or Hub id; `options` are those of `minidiff.loading.load_component`."""
-        from .loading import load_component
-
-        return load_component(cls, path, subfolder=subfolder, **options)
-
-    def save_pretrained(self, folder: str, **options) -> None:
-        """Writes the tokenizer in the Hub's layout; `options` are those of `minidiff.loading.save_component`."""
-        from .loading import save_component
-
-        save_component(self, folder, **options)
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> Self:
+    def read_from(cls, folder: Path, files: Files | None = None) -> Self:
         """Reads what transformers 4 writes (vocab.json, merges.txt, special_tokens_map.json, perhaps added_tokens.json)
         or 5 (tokenizer.json), each with tokenizer_config.json.
 
         Raises LoadError for a file, ConfigError for a key; the message names it.
         """
-        folder = Path(folder)
         file = folder / "tokenizer.json"
         if file.exists():  # the reference prefers it too
             vocab, merges, added = _read_tokenizer(file)
@@ -292,10 +286,8 @@ class CLIPTokenizer:
         except ValueError as error:
             raise LoadError(f"{file}: {error}") from None
 
-    def save(self, folder: Path) -> None:
-        """Writes the files of transformers 4 and of 5 into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def write_to(self, folder: Path, variant: str | None = None) -> None:
+        """Writes the files of transformers 4 and of 5."""
         self._backend.model.save(str(folder))  # vocab.json, merges.txt
         self._backend.save(str(folder / "tokenizer.json"))
         special = {key: getattr(self, key) for key in SPECIAL}

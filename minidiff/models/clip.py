@@ -5,49 +5,37 @@ each token sees those before it, so that the state at the end-of-text token has 
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MAX_DEPTH, MAX_WIDTH, Config, Model, check_tensors
+from weights_compat.clip import CLIP_TEXT
+
+from ..loading.component import Model, check_tensors
+from ..loading.config import Config, Depth, Width
 from .unet import Attention
 
-_FILE = "describes the file, not the network"
-_TRAINING = "the first weights of a new model; loading replaces them"
 
-INERT_KEYS = {
-    **dict.fromkeys(("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"), _FILE),
-    **dict.fromkeys(("initializer_factor", "initializer_range"), _TRAINING),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), "the tokenizer holds the ids of these tokens"),
-}
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class CLIPTextConfig(Config):
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512  # of CLIPTextModelWithProjection; CLIPTextModel has no projection
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    """The keys of both text encoders; those that change nothing stand at the file's foot."""
+
+    vocab_size: Width = 49408
+    hidden_size: Width = 512
+    intermediate_size: Width = 2048
+    projection_dim: Width = 512  # of CLIPTextModelWithProjection; CLIPTextModel has no projection
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Width = 8
+    max_position_embeddings: Width = 77
     hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"  # OpenAI's CLIP has the first, OpenCLIP the second
     layer_norm_eps: float = 1e-5
-    attention_dropout: Literal[0] = 0.0
-    dropout: Literal[0] = 0.0
     eos_token_id: int = 49407
-
-    inert = INERT_KEYS
 
     def __post_init__(self):
         super().__post_init__()
-        widths = ("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings")
-        self.require_within(MAX_WIDTH, *widths)
-        self.require_within(MAX_DEPTH, "num_hidden_layers")
-        heads = self.num_attention_heads
-        self.require(heads > 0 and self.hidden_size % heads == 0, "num_attention_heads", "divide hidden_size")
+        self.require(self.hidden_size % self.num_attention_heads == 0, "num_attention_heads", "divide hidden_size")
 
 
 class Layer(nn.Module):
@@ -93,14 +81,18 @@ def embedding(rows: int, dim: int) -> nn.Embedding:
 
 class CLIPTextModel(Model):
     Config = CLIPTextConfig
+    library, table, weights = "transformers", CLIP_TEXT, "model"
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        c = self.config
+    def build(self, c: CLIPTextConfig) -> None:
         self.token_embedding = embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def file_config(self) -> dict[str, Any]:
+        header = {"architectures": [type(self).__name__], "model_type": "clip_text_model"}
+        kept = {key: value for key, value in self.config.items() if key != "dtype"}
+        return kept | header | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
 
     def forward(
         self,
@@ -148,12 +140,24 @@ class CLIPTextModel(Model):
 class CLIPTextModelWithProjection(CLIPTextModel):
     """The text encoder and the linear map into the space that texts and pictures share. XL's second text encoder."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.text_projection = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+    def build(self, c: CLIPTextConfig) -> None:
+        super().build(c)
+        self.text_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
     ) -> ProjectedTextOutput:
         out = super().forward(input_ids, attention_mask, output_hidden_states)
         return ProjectedTextOutput(self.text_projection(out.pooler_output), out.last_hidden_state, out.hidden_states)
+
+
+# Keys that real checkpoints hold at one value alone, and those that change nothing
+CLIPTextConfig.fixed = {"attention_dropout": 0, "dropout": 0}
+CLIPTextConfig.inert = {
+    **dict.fromkeys(
+        ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
+        "describes the file, not the network",
+    ),
+    **dict.fromkeys(("initializer_factor", "initializer_range"), "the first weights of a new model"),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), "the tokenizer holds the ids of these tokens"),
+}

@@ -10,8 +10,11 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MAX_DEPTH, MAX_LEVELS, MAX_WIDTH, Config, Model
-from .noise import Generators, randn_tensor
+from weights_compat.vae import AUTOENCODER_KL
+
+from ..loading.component import Model
+from ..loading.config import MAX_LEVELS, Config, Depth, Width
+from ..noise import Generators, randn_tensor
 from .unet import Downsample, MidBlock, PixelAttention, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks have 1e-5
@@ -114,22 +117,21 @@ class DecoderOutput(NamedTuple):
     sample: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class AutoencoderConfig(Config):
-    in_channels: int = 3
-    out_channels: int = 3
+    """The keys of AutoencoderKL; those that real checkpoints hold at one value stand at the file's foot."""
+
+    in_channels: Width = 3
+    out_channels: Width = 3
     down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    act_fn: Literal["silu"] = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
+    block_out_channels: tuple[Width, ...] = (64,)
+    layers_per_block: Depth = 1
+    latent_channels: Width = 4
+    norm_num_groups: Width = 32
     sample_size: int | tuple[int, ...] = 32
     scaling_factor: float = 0.18215  # the pipelines multiply latents by it, so that the UNet sees a variance near 1
     shift_factor: float | None = None  # no Stable Diffusion 1, 2 or XL has one; their pipelines don't read it
-    latents_mean: Literal[None] = None
-    latents_std: Literal[None] = None
     force_upcast: bool = True  # read by the XL pipeline: this VAE overflows in float16
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
@@ -137,9 +139,6 @@ class AutoencoderConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_within(MAX_WIDTH, "in_channels", "out_channels", "latent_channels", "norm_num_groups")
-        self.require_within(MAX_WIDTH, "block_out_channels")
-        self.require_within(MAX_DEPTH, "layers_per_block")
         self.require(self.scaling_factor != 0, "scaling_factor", "not be zero")
         widths, groups = self.block_out_channels, self.norm_num_groups
         self.require(0 < len(widths) <= MAX_LEVELS, "block_out_channels", f"name 1 to {MAX_LEVELS} levels")
@@ -156,10 +155,9 @@ class AutoencoderKL(Model):
     """
 
     Config = AutoencoderConfig
+    table = AUTOENCODER_KL
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        c = self.config
+    def build(self, c: AutoencoderConfig) -> None:
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         n = c.latent_channels
@@ -194,3 +192,7 @@ class AutoencoderKL(Model):
         self.check_inputs(**{name: x})
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; this AutoencoderKL takes (batch, {channels}, h, w)")
+
+
+# Keys that real checkpoints hold at one value alone
+AutoencoderConfig.fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}

@@ -1,0 +1,111 @@
+"""A pipeline's folder: `model_index.json`, which names each component's class, and a folder for each component.
+
+model_index.json                            "unet": ["diffusers", "UNet2DConditionModel"], ...
+unet/config.json                            the keys of the constructor
+unet/diffusion_pytorch_model.safetensors
+scheduler/scheduler_config.json
+tokenizer/vocab.json, merges.txt, ...
+"""
+
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from .component import FORMAT_VERSION, REGISTRY, Component, Model, check_save
+from .config import LoadError, read_json, write_json
+from .save import replacing
+from .weights import Files, find_weights, wanted
+
+INDEX = "model_index.json"
+
+
+def wanted_by_pipeline(names: list[str], files: Files, given: Collection[str]) -> list[str]:
+    """Of all files of a repository, those that loading its pipeline will read. Components `given` aren't."""
+    small = {file for cls in REGISTRY.values() for file in cls.files}
+    folders = {name.split("/")[0] for name in names if name.count("/") == 1} - set(given)
+    folders |= {""} if "config.json" in names else set()
+    return [INDEX, *(file for folder in sorted(folders) for file in wanted(names, folder, files, small))]
+
+
+def load_components(
+    index_file: Path,
+    given: Mapping[str, Any],
+    files: Files,
+    expected: Collection[str],
+    settings: Collection[str],
+    left_out: Collection[str],
+) -> dict[str, Any]:
+    """What `model_index.json` names: components, and `settings`, which stand there as they are.
+
+    Those `given` aren't read; those of the classes `left_out` become None, with a warning. Raises LoadError for a name
+    that isn't `expected`, and for an unknown class.
+    """
+    components, without = {}, []
+    to_read: dict[str, type[Component]] = {}
+    for name, spec in read_json(index_file).items():
+        if name.startswith("_") or name in given:
+            continue
+        if name not in expected:
+            raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
+        if name in settings:
+            if not isinstance(spec, bool | None):
+                raise LoadError(f"{index_file}: {name}={spec!r} must be true or false")
+            components[name] = spec
+        elif spec == [None, None]:
+            components[name] = None
+        elif not isinstance(spec, list) or len(spec) != 2 or not all(isinstance(part, str) for part in spec):
+            raise LoadError(f"{index_file}: {name}={spec!r} must be [library, class] or [null, null]")
+        elif spec[1] in left_out:
+            components[name] = None
+            without.append(f"{name} ({spec[1]})")
+        elif spec[1] not in REGISTRY:
+            supported = ", ".join(sorted(REGISTRY))
+            raise LoadError(f"{index_file}: {name} has the unknown class {spec[1]!r}; supported: {supported}")
+        else:
+            to_read[name] = REGISTRY[spec[1]]
+    root = index_file.parent
+    at_root = (root / "config.json").exists()  # the DDPM paper's own repositories have no folder for each component
+    folders = {name: root if at_root and not (root / name).is_dir() else root / name for name in to_read}
+    models = [name for name, cls in to_read.items() if issubclass(cls, Model)]
+    if files.variant and models and not any(find_weights(folders[name], files) for name in models):
+        raise LoadError(f"{root}: no component has weights of the variant {files.variant!r}")
+    for name, cls in to_read.items():
+        folder, chosen = folders[name], files
+        if files.variant and name in models and not find_weights(folder, files):
+            warnings.warn(f"{folder}: has no variant {files.variant!r}; its other weights are loaded", stacklevel=3)
+            chosen = files._replace(variant=None)
+        components[name] = cls.read_from(folder, chosen)
+    if without:
+        warnings.warn(f"Loaded as None, since minidiff doesn't have them yet: {', '.join(without)}", stacklevel=3)
+    return components
+
+
+def save_components(
+    components: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    class_name: str,
+    folder: str | os.PathLike,
+    *,
+    variant: str | None = None,
+    safe_serialization: bool = True,
+) -> None:
+    """Writes a pipeline's folder, which afterwards holds all of it or is as it was. Other files in it stay."""
+    check_save(folder, variant, safe_serialization)
+    index = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION}
+    for name, component in components.items():
+        if component is not None and REGISTRY.get(type(component).__name__) is not type(component):
+            raise TypeError(f"{name} is a {type(component).__name__}, which isn't minidiff's and can't be saved")
+        index[name] = [None, None] if component is None else [component.library, type(component).__name__]
+    written = {name: component for name, component in components.items() if component is not None}
+
+    def replaced(old: Path) -> set[str]:
+        parts = written.items()
+        return {INDEX} | {f"{name}/{file}" for name, part in parts for file in part.replaced(old / name, variant)}
+
+    with replacing(Path(folder), replaced) as new:
+        for name, component in written.items():
+            (new / name).mkdir()
+            component.write_to(new / name, variant)
+        write_json(new / INDEX, {**index, **settings})

@@ -1,0 +1,59 @@
+"""From a Hub id, or a path, to a local folder; and the arguments of every `from_pretrained`."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import LoadError
+from .save import displaced
+
+
+def fetch(
+    path: str | os.PathLike,
+    names: Callable[[list[str]], list[str]],
+    first: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder `path`, or the local copy of the Hub repository `path`, downloaded if need be.
+
+    `names` picks, out of all the files of a repository, those that will be read: only they are downloaded.
+    Offline (`local_files_only` or HF_HUB_OFFLINE=1) the copy in the cache is taken as it is, if it has `first`.
+
+    Raises LoadError if there is no such folder and no such repository, TypeError if `path` isn't a path.
+    """
+    check_path(path, "pretrained_model_name_or_path", "a folder or a Hub id")
+    folder = Path(path)
+    for place in (folder, displaced(folder)):  # the latter if a save was cut off between its two renames
+        if os.path.isdir(place):  # which says False, unlike Path, where a name is too long
+            return place
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or os.path.exists(folder):
+        raise LoadError(f"{path}: there is no such folder, and it is no Hub id (as in org/name) either")
+
+    from huggingface_hub import HfApi, constants, snapshot_download  # takes its time, and most folders are local
+
+    wanted, problem, offline = [first], None, local_files_only or constants.HF_HUB_OFFLINE
+    if not offline:
+        try:
+            info = HfApi(token=token).model_info(str(path), revision=revision)
+            wanted = names([file.rfilename for file in info.siblings])
+        except Exception as error:  # no network, no such repository, no permission: the cache may have it all the same
+            problem, offline = error, True
+    where = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=offline, **where))
+    except Exception as error:  # requests', the cache's and the disk's: huggingface_hub has no one base for them
+        raise LoadError(f"{path}: no such folder here, and not to be had from the Hub: {problem or error}") from error
+
+
+def check_path(path: str | os.PathLike, argument: str, must: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument} must be {must}, not {type(path).__name__}")
+    if "\0" in os.fspath(path):
+        raise LoadError(f"{argument}={path!r}: no path has a null character in it")
+    if not os.fspath(path):
+        raise LoadError(f"{argument} is empty: give {must}")

@@ -1,0 +1,15 @@
+"""The networks, and the tokenizer. Each file is read from top to bottom, blocks first."""
+
+from .clip import CLIPTextModel, CLIPTextModelWithProjection
+from .tokenizer import CLIPTokenizer
+from .unet import UNet2DConditionModel, UNet2DModel
+from .vae import AutoencoderKL
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPTokenizer",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+]

@@ -1,0 +1,262 @@
+"""Samplers that count in noise levels: a run is a grid of sigmas, from much noise to none, and a rule for an interval.
+
+Two families share the grid. The VE samplers (Euler, Heun, LMS, KDPM2) hold x = x0 + sigma eps and show the model x
+divided by sqrt(sigma^2 + 1), which is the VP reading. The solvers (DPM-Solver, UniPC, DEIS) hold the VP reading itself,
+x = alpha x0 + sigma eps, and count in lambda = log(alpha) - log(sigma), half the log of the signal-to-noise ratio.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..loading.config import Share
+from .base import Scheduler, SchedulerConfig, Spacing
+from .schedule import ve_sigmas, vp_level
+
+TINY = 2**-24  # alpha_bar at the last timestep of a schedule with zero terminal SNR, whose sigma would be infinite
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SigmaConfig(SchedulerConfig):
+    """The keys of the grid that all samplers of this kind have."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    timestep_spacing: Spacing = "linspace"
+    steps_offset: int = 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KarrasConfig(SigmaConfig):
+    """And of the grids that are spaced in sigma, whatever the timesteps: one of them at a time."""
+
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        switches = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        on = [key for key in switches if self.own(key)]
+        self.require(len(on) < 2, on[-1] if on else "", f"be false beside {on[0] if on else ''}: one grid at a time")
+        if self.use_beta_sigmas:
+            _beta_quantiles(1)  # asks for scipy now, rather than in the middle of a run
+
+
+class SigmaScheduler(Scheduler, abstract=True):
+    """The VE reading. `sigmas` are the levels of the run, one more than steps, float32, on the CPU."""
+
+    Config = SigmaConfig
+    spare = 0  # levels that the grid of timesteps has at its end, but the run hasn't
+    rounded = False  # whether the timesteps of a Karras grid are whole
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.config.own("rescale_betas_zero_snr"):
+            self.alphas_cumprod[-1] = TINY
+        self.table = ve_sigmas(self.alphas_cumprod).numpy()  # by timestep, float32
+        self._lay(np.arange(len(self))[::-1], self.table[::-1], 0.0)
+
+    # The grid
+
+    def _plan(
+        self,
+        num_inference_steps: int | None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """`set_timesteps` of every sampler: a number of steps, or the timesteps, or the sigmas with the last one."""
+        given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
+        if sum(value is not None for value in given.values()) != 1:
+            raise ValueError(f"give one of {', '.join(given)}, and not more")
+        if sigmas is not None:
+            levels = _descending(sigmas, "sigmas", least=0).astype(np.float32)
+            self._lay(self._timesteps_of(levels[:-1]), levels[:-1], levels[-1], device)
+        else:
+            spaced = (
+                self._spaced(num_inference_steps, spare=self.spare) if timesteps is None else self._given(timesteps)
+            )
+            self._lay(*self._levels(spaced.astype(np.float32)), self._last_sigma(), device)
+        self.num_inference_steps = len(self.timesteps)
+
+    def _lay(self, timesteps: np.ndarray, sigmas: np.ndarray, last: float, device: str | None = None) -> None:
+        """The grid: a model's timestep and a sigma for each step, and the sigma at which the last step ends."""
+        self.sigmas = torch.from_numpy(np.append(sigmas, last).astype(np.float32))
+        self._begin(torch.from_numpy(timesteps.astype(np.float32)), device)
+
+    def _given(self, timesteps: Sequence[float]) -> np.ndarray:
+        """Custom timesteps, which leave no choice to a grid that is spaced in sigma."""
+        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
+            if self.config.own(key):
+                raise ValueError(f"timesteps was given, but {key} is true and chooses them: set one of the two")
+        grid = _descending(timesteps, "timesteps", least=0)
+        if grid[0] > len(self) - 1:
+            raise ValueError(f"timesteps={list(timesteps)} must lie in 0..{len(self) - 1}")
+        return grid
+
+    def _levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The timesteps and the sigmas of a run: those of the training's table, or a grid spaced in sigma."""
+        c, n = self.config, len(timesteps)
+        sigmas = np.interp(timesteps, np.arange(len(self)), self.table)
+        if c.own("interpolation_type") == "log_linear":  # n + 1 levels, of which the last two steps leave one out
+            ends = np.log(self.table[[-1, 0]])
+            sigmas = torch.linspace(*ends.tolist(), n + 1).exp().numpy()
+        most, least = self._ends(sigmas)
+        if c.own("use_karras_sigmas"):
+            sigmas = karras(most, least, n)
+        elif c.own("use_lu_lambdas"):
+            sigmas = np.exp(np.linspace(np.log(self.table[-1]), np.log(self.table[0]), n))
+        elif c.own("use_exponential_sigmas"):
+            sigmas = np.exp(np.linspace(math.log(most), math.log(least), n))
+        elif c.own("use_beta_sigmas"):
+            sigmas = least + _beta_quantiles(n) * (most - least)
+        else:
+            return timesteps, sigmas
+        timesteps = self._timesteps_of(sigmas)
+        whole = self.rounded and (c.own("use_karras_sigmas") or c.own("use_lu_lambdas"))
+        return timesteps.round() if whole else timesteps, sigmas
+
+    def _ends(self, sigmas: np.ndarray) -> tuple[float, float]:
+        """The largest and the smallest level of a grid that is spaced in sigma."""
+        most, least = self.config.own("sigma_max"), self.config.own("sigma_min")
+        return sigmas[0].item() if most is None else most, sigmas[-1].item() if least is None else least
+
+    def _last_sigma(self) -> float:
+        """Where the last step ends: free of noise, or at the level of timestep 0."""
+        return self.table[0] if self.config.own("final_sigmas_type") == "sigma_min" else 0.0
+
+    def _timesteps_of(self, sigmas: np.ndarray) -> np.ndarray:
+        """Between which two of the training's levels each sigma lies, linear in log sigma: a fractional timestep."""
+        table, log_sigmas = np.log(self.table), np.log(np.maximum(sigmas, 1e-10))
+        i = (np.searchsorted(table, log_sigmas, side="right") - 1).clip(0, len(table) - 2)
+        w = ((table[i] - log_sigmas) / (table[i] - table[i + 1])).clip(0, 1)
+        return (1 - w) * i + w * (i + 1)
+
+    # The readings
+
+    @property
+    def init_noise_sigma(self) -> Tensor:
+        """The first level. `leading` doesn't begin at the table's end, and the reference then takes x's deviation."""
+        most = self.sigmas.max()
+        return (most**2 + 1) ** 0.5 if self.config.timestep_spacing == "leading" else most
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """What the model sees: the VP reading, x / sqrt(sigma^2 + 1)."""
+        if self.step_index is None:
+            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+        return sample / (self.sigmas[self.step_index] ** 2 + 1) ** 0.5
+
+    def _x0(self, predicted: Tensor, sample: Tensor, sigma: Tensor, sigma_hat: Tensor | None = None) -> Tensor:
+        """What the model takes for x0 at the level sigma; `sigma_hat` where noise was added to the sample since."""
+        if self.config.prediction_type == "epsilon":
+            return sample - (sigma if sigma_hat is None else sigma_hat) * predicted
+        if self.config.prediction_type == "sample":
+            return predicted
+        return predicted * (-sigma / (sigma**2 + 1) ** 0.5) + sample / (sigma**2 + 1)
+
+    def _levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """In a run it is the level of the present step, or of the first one; else that of the timesteps given."""
+        if self.begin_index is None:
+            places = [self.index_for_timestep(t) for t in timesteps]
+        else:
+            places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
+        return self._reading(self.sigmas[places])
+
+    def _reading(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of x = alpha x0 + sigma eps."""
+        return torch.ones_like(sigma), sigma
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SolverConfig(KarrasConfig):
+    """The keys of the solvers that hold the VP reading."""
+
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
+    solver_order: Literal[1, 2, 3] = 2
+    thresholding: bool = False
+    dynamic_thresholding_ratio: Share = 0.995
+    sample_max_value: float = 1.0
+    lower_order_final: bool = True
+    use_flow_sigmas: bool | None = False  # x = (1 - sigma) x0 + sigma eps (Flow matching, arXiv 2210.02747)
+    flow_shift: float = 1.0
+
+
+class SolverScheduler(SigmaScheduler, abstract=True):
+    """The VP reading of the same grid. `sigmas` are still those of the VE reading; `_point` gives alpha and sigma."""
+
+    Config = SolverConfig
+    spare: ClassVar[int] = 1
+    rounded: ClassVar[bool] = True
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        return sample
+
+    def _lay(self, timesteps: np.ndarray, sigmas: np.ndarray, last: float, device: str | None = None) -> None:
+        super()._lay(timesteps, sigmas, last, device)
+        self.timesteps = self.timesteps.long()  # cut, not rounded, as in the reference
+
+    def _ends(self, sigmas: np.ndarray) -> tuple[float, float]:
+        return super()._ends(self.table[::-1])
+
+    def _levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self.config.use_flow_sigmas:
+            return super()._levels(timesteps)
+        levels = 1 - np.linspace(1, 1 / len(self), len(timesteps) + 1)
+        shift = self.config.flow_shift
+        sigmas = (shift * levels / (1 + (shift - 1) * levels))[::-1][:-1]
+        return sigmas * len(self), sigmas
+
+    def _reading(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return (1 - sigma, sigma) if self.config.use_flow_sigmas else vp_level(sigma)
+
+    def _point(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha, sigma and lambda at a place in the grid. lambda must be taken in float32, from the float32 sigmas, as
+        in the reference: in float64 a step of order 3 differs by 3e-6 at 50 steps, and by 3e-3 at 999."""
+        alpha, sigma = self._reading(self.sigmas[i])
+        return alpha, sigma, torch.log(alpha) - torch.log(sigma)
+
+    def _x0_at(self, predicted: Tensor, sample: Tensor, i: int) -> Tensor:
+        """What the model takes for x0 at a place in the grid, bounded if the config says so."""
+        alpha, sigma, _ = self._point(i)
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            x0 = (sample - sigma * predicted) / alpha
+        elif kind == "sample":
+            x0 = predicted
+        elif kind == "v_prediction":
+            x0 = alpha * sample - sigma * predicted
+        else:  # "flow_prediction": the velocity eps - x0
+            x0 = sample - self.sigmas[i] * predicted
+        return self._bound(x0)
+
+
+def karras(most: float, least: float, n: int, rho: float = 7.0) -> np.ndarray:
+    """n levels, evenly spaced in sigma^(1/rho) (Elucidating the design space, arXiv 2206.00364, eq. 5)."""
+    first, last = most ** (1 / rho), least ** (1 / rho)
+    return (first + np.linspace(0, 1, n) * (last - first)) ** rho
+
+
+def _beta_quantiles(n: int) -> np.ndarray:
+    """n quantiles of Beta(0.6, 0.6), descending: more levels at both ends (Beta sampling, arXiv 2407.12173)."""
+    try:
+        from scipy.stats import beta  # large, and for this grid alone
+    except ImportError:
+        raise ImportError("use_beta_sigmas needs scipy: pip install scipy") from None
+    return beta.ppf(1 - np.linspace(0, 1, n), 0.6, 0.6)
+
+
+def _descending(values: Sequence[float], name: str, least: float) -> np.ndarray:
+    """`values` as a float64 array. Raises an error that names them unless they are numbers in descending order."""
+    try:
+        array = np.array([float(value) for value in values])
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a list of numbers, but is {values!r}") from None
+    if len(array) == 0 or not np.isfinite(array).all() or (np.diff(array) >= 0).any() or array[-1] < least:
+        raise ValueError(f"{name}={list(values)} must be in descending order, {least} or more, and at least one")
+    return array
