@@ -1,8 +1,10 @@
 """DiffusionPipeline: what all systems of models and a scheduler share. Folders in and out, device and dtype."""
 
+import copy
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
 import numpy as np
@@ -53,6 +55,10 @@ class DiffusionPipeline:
         """
         self._names = tuple(components)
         self._progress_bar_config: dict[str, Any] = {}
+        self._runs: list[Self] = []  # the views of calls in progress
+        self._stopped = False
+        self._offload_device: torch.device | None = None
+        self._guidance_scale, self._guidance_rescale, self._clip_skip, self._num_timesteps = 0.0, 0.0, None, 0
         kinds = get_type_hints(type(self).__init__)
         for name, component in components.items():
             if not _serves_as(component, kinds[name]):
@@ -133,8 +139,83 @@ class DiffusionPipeline:
     def dtype(self) -> torch.dtype:
         return next((model.dtype for model in self._models()), torch.float32)
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """Where the models compute, which isn't where they are while they are offloaded."""
+        return self._offload_device or self.device
+
     def _models(self) -> list[nn.Module]:
         return [component for component in self.components.values() if isinstance(component, nn.Module)]
+
+    # One call of the pipeline
+
+    @contextmanager
+    def running(self, **settings: Any) -> Iterator[Self]:
+        """A call's own view of the pipeline: the same components, but a scheduler state, guidance and interruption of
+        its own. So two threads may share a pipeline, a callback changes this run alone, and a run that fails leaves
+        nothing behind. What the run was told (`_guidance_scale`, ...) and the scheduler's state are the pipeline's
+        when it is done.
+        """
+        run = copy.copy(self)  # without `_runs`
+        scheduler = self.scheduler
+        run.scheduler = copy.copy(scheduler)
+        run._stopped = False
+        vars(run).update({f"_{name}": value for name, value in settings.items()})
+        if not self._runs:
+            self._stopped = False
+        self._runs.append(run)
+        try:
+            yield run
+        finally:
+            self._runs.remove(run)
+        vars(scheduler).update(vars(run.scheduler))
+        vars(self).update({f"_{name}": getattr(run, f"_{name}") for name in (*settings, "num_timesteps")})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_runs": []}
+
+    @property
+    def _interrupt(self) -> bool:
+        """Set it, from a callback or another thread, and the run stops after the present step. On the pipeline itself
+        it stops all its runs."""
+        return self._stopped
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._stopped = bool(value)
+        for run in self._runs:
+            run._interrupt = value
+
+    @property
+    def interrupt(self) -> bool:
+        return self._stopped
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def clip_skip(self) -> int | None:
+        return self._clip_skip
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of the present or the last run."""
+        return self._num_timesteps
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    def __repr__(self) -> str:
+        parts = [
+            f"  {name}: {'None' if part is None else type(part).__name__}" for name, part in self.components.items()
+        ]
+        return "\n".join([f"{type(self).__name__} on {self.device}, {str(self.dtype).removeprefix('torch.')}", *parts])
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments for tqdm: `disable=True` hides the bar."""
@@ -142,18 +223,6 @@ class DiffusionPipeline:
 
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
         return tqdm(iterable, total=total, **self._progress_bar_config)
-
-
-def check_finite(finite: list[Tensor], timesteps: list[int]) -> None:
-    """Raises FloatingPointError with the first step after which the sample wasn't finite. `finite` holds a bool for
-    each step, where the sample is: they are read here, once, so that no step waits for the device."""
-    flags = torch.stack(finite).tolist()
-    if False in flags:
-        i = flags.index(False)
-        raise FloatingPointError(
-            f"the sample isn't finite after step {i + 1} of {len(flags)} (timestep {timesteps[i]}): a weight or an"
-            " argument is NaN or infinite, or the dtype overflows, which torch.bfloat16 and torch.float32 seldom do"
-        )
 
 
 def _serves_as(component: Any, kind: type) -> bool:
