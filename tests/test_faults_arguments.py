@@ -41,7 +41,7 @@ def stable_diffusion_cases():
     for value in (3, [3], ["a", "b"]):
         yield "negative_prompt", {"prompt": "a", "negative_prompt": value}
     for name in ("height", "width"):
-        for value in (0, -8, 7, 12, 8.0, "8", True, NAN, [8]):
+        for value in (0, -8, 7, 13, 8.0, "8", True, NAN, [8]):
             yield name, {"prompt": "a", name: value}
     for value in (0, -1, 1001, 2.5, "5", None, NAN, [5], torch.zeros(2)):
         yield "num_inference_steps", {"prompt": "a", "num_inference_steps": value}
@@ -254,8 +254,8 @@ def test_wrapped_models_are_taken(pipes):
             super().__init__()
             self.unet, self.config, self.device, self.dtype = unet, unet.config, unet.device, unet.dtype
 
-        def forward(self, *arguments):
-            return m.unet.UNetOutput(self.unet(*arguments).sample / 2)
+        def forward(self, *arguments, **named):
+            return m.models.unet.UNetOutput(self.unet(*arguments, **named).sample / 2)
 
     pipe = m.StableDiffusionPipeline(**{**pipes["sd"].components, "unet": Halved(pipes["sd"].unet)})
     pipe.set_progress_bar_config(disable=True)

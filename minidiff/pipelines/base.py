@@ -1,10 +1,9 @@
 """DiffusionPipeline: what all systems of models and a scheduler share. Folders in and out, device and dtype."""
 
-import copy
+import difflib
 import inspect
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
 import numpy as np
@@ -19,8 +18,17 @@ from ..loading.folder import load_components, save_components, wanted_by_pipelin
 from ..loading.hub import fetch
 from ..loading.weights import which_files
 from ..outputs import output
+from .memory import MemorySwitches
+from .run import Runs
 
 PIPELINES: dict[str, type["DiffusionPipeline"]] = {}  # by class name; each enters by being defined
+
+MISSING = {  # of the reference's pipelines: what to do instead
+    "enable_freeu": "minidiff has no FreeU; the UNet's up blocks, where it scales the skips, are in models/unet.py",
+    "fuse_qkv_projections": "nothing needs it: leave it out",
+    "load_ip_adapter": "minidiff has no IP-Adapter",
+    "upcast_vae": "give the VAE a dtype of its own: pipe.vae.to(torch.float32)",
+}
 
 # Parts of real folders that a picture doesn't depend on and that aren't written yet
 LEFT_OUT = {
@@ -36,7 +44,7 @@ class ImageOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(Runs, MemorySwitches):
     """Base of the pipelines. A subclass's `__init__` names its components, and hands them to `register_modules`.
 
     `setting_names` are the arguments of `__init__`, kept as attributes, that are no components: flags, numbers.
@@ -56,9 +64,6 @@ class DiffusionPipeline:
         self._names = tuple(components)
         self._progress_bar_config: dict[str, Any] = {}
         self._runs: list[Self] = []  # the views of calls in progress
-        self._stopped = False
-        self._offload_device: torch.device | None = None
-        self._guidance_scale, self._guidance_rescale, self._clip_skip, self._num_timesteps = 0.0, 0.0, None, 0
         kinds = get_type_hints(type(self).__init__)
         for name, component in components.items():
             if not _serves_as(component, kinds[name]):
@@ -127,6 +132,8 @@ class DiffusionPipeline:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves and converts the models, as `torch.nn.Module.to`: `to("cuda")`, `to("cuda", torch.float16)`."""
+        if self._offload_device is not None:
+            raise ValueError("to() can't move models that are offloaded: call remove_all_hooks first")
         for model in self._models():
             model.to(*args, **kwargs)
         return self
@@ -147,69 +154,22 @@ class DiffusionPipeline:
     def _models(self) -> list[nn.Module]:
         return [component for component in self.components.values() if isinstance(component, nn.Module)]
 
-    # One call of the pipeline
-
-    @contextmanager
-    def running(self, **settings: Any) -> Iterator[Self]:
-        """A call's own view of the pipeline: the same components, but a scheduler state, guidance and interruption of
-        its own. So two threads may share a pipeline, a callback changes this run alone, and a run that fails leaves
-        nothing behind. What the run was told (`_guidance_scale`, ...) and the scheduler's state are the pipeline's
-        when it is done.
-        """
-        run = copy.copy(self)  # without `_runs`
-        scheduler = self.scheduler
-        run.scheduler = copy.copy(scheduler)
-        run._stopped = False
-        vars(run).update({f"_{name}": value for name, value in settings.items()})
-        if not self._runs:
-            self._stopped = False
-        self._runs.append(run)
-        try:
-            yield run
-        finally:
-            self._runs.remove(run)
-        vars(scheduler).update(vars(run.scheduler))
-        vars(self).update({f"_{name}": getattr(run, f"_{name}") for name in (*settings, "num_timesteps")})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_runs": []}
-
     @property
-    def _interrupt(self) -> bool:
-        """Set it, from a callback or another thread, and the run stops after the present step. On the pipeline itself
-        it stops all its runs."""
-        return self._stopped
+    def config(self) -> dict[str, Any]:
+        """What model_index.json says: [library, class] of each component, and the settings."""
+        parts = {name: _describe(part) for name, part in self.components.items()}
+        return {
+            "_class_name": type(self).__name__,
+            **parts,
+            **{name: getattr(self, name) for name in self.setting_names},
+        }
 
-    @_interrupt.setter
-    def _interrupt(self, value: bool) -> None:
-        self._stopped = bool(value)
-        for run in self._runs:
-            run._interrupt = value
-
-    @property
-    def interrupt(self) -> bool:
-        return self._stopped
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
-
-    @property
-    def clip_skip(self) -> int | None:
-        return self._clip_skip
-
-    @property
-    def num_timesteps(self) -> int:
-        """Of the present or the last run."""
-        return self._num_timesteps
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+    def __getattr__(self, name: str) -> Any:  # called only for what isn't there
+        if name.startswith("_"):
+            raise AttributeError(name)
+        near = difflib.get_close_matches(name, dir(type(self)), n=1)
+        hint = MISSING.get(name) or (f"did you mean {near[0]}?" if near else f"it has {', '.join(self._names)}")
+        raise AttributeError(f"{type(self).__name__} has no {name!r}: {hint}")
 
     def __repr__(self) -> str:
         parts = [
@@ -223,6 +183,13 @@ class DiffusionPipeline:
 
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
         return tqdm(iterable, total=total, **self._progress_bar_config)
+
+
+def _describe(part: Any) -> list[str | None]:
+    """A component's library and class."""
+    if part is None:
+        return [None, None]
+    return [getattr(part, "library", type(part).__module__.split(".")[0]), type(part).__name__]
 
 
 def _serves_as(component: Any, kind: type) -> bool:

@@ -38,7 +38,7 @@ def denoise(
     from step to step. With guidance the network sees the batch twice, without the prompt and with it.
     """
     scheduler, device = run.scheduler, tensors["latents"].device
-    options = accepted(scheduler.step, step_options)
+    options = accepted(type(scheduler).step, step_options)
     finite = []
     for i, (t, t_on_device) in enumerate(zip(run.progress_bar(timesteps), timesteps.to(device), strict=True)):
         if run.interrupt:

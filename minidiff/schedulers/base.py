@@ -284,6 +284,8 @@ class Scheduler(Configured, abstract=True):
 def as_integer(value: Any, name: str) -> int:
     """`value` as an int: it may be one, NumPy's, or a tensor of one integer. A TypeError names the argument."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, but is {value!r}") from None
