@@ -27,7 +27,7 @@ def to_output(pictures: Tensor, output_type: str) -> list[Image.Image] | np.ndar
 
 
 def to_pil(arrays: np.ndarray) -> list[Image.Image]:
-    """(B, H, W, C) in [0, 1], C 1 or 3 -> a list of pictures."""
+    """(B, H, W, C) in [0, 1], C 1, 3 or 4 -> a list of pictures."""
     whole = (arrays * 255).round().astype(np.uint8)
     return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in whole]
 

@@ -6,6 +6,7 @@ given), what lies **beside** the latents in the network's input, what the networ
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ def denoise(
     """
     scheduler, device = run.scheduler, tensors["latents"].device
     options = accepted(type(scheduler).step, step_options)
+    if step_options.get("eta") and "eta" not in options:
+        warnings.warn(f"eta has no effect: {type(scheduler).__name__} doesn't read it", stacklevel=3)
     finite = []
     for i, (t, t_on_device) in enumerate(zip(run.progress_bar(timesteps), timesteps.to(device), strict=True)):
         if run.interrupt:

@@ -60,11 +60,11 @@ class MemorySwitches:
 
     def _offload(self, how: Callable, gpu_id: int | None, device: torch.device | str) -> None:
         self.remove_all_hooks()
-        chosen = torch.device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}")
         try:
+            chosen = torch.device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}")
             torch.empty(1, device=chosen)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={str(chosen)!r} can't be used here: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"device={str(device)!r} can't be used here: {str(error).splitlines()[0]}") from None
         self._hooks, self._offload_device = how(self._models(), chosen), chosen
 
 

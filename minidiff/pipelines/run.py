@@ -16,6 +16,7 @@ class Runs:
     _clip_skip: int | None = None
     _num_timesteps: int = 0
     _stopped: bool = False
+    _is_run: bool = False  # whether this is a call's view, rather than the pipeline
 
     @contextmanager
     def running(self, **settings: Any) -> Iterator[Self]:
@@ -26,7 +27,7 @@ class Runs:
         The pipeline's scheduler serves one run at a time, which it shows afterwards; any other has a twin of it.
         """
         run, scheduler = copy.copy(self), self.scheduler
-        run._stopped = False
+        run._stopped, run._is_run = False, True
         vars(run).update({f"_{name}": value for name, value in settings.items()})
         if not self._runs:
             self._stopped = False
@@ -39,7 +40,8 @@ class Runs:
             self._runs.remove(run)
             if mine:
                 del BUSY[id(scheduler)]
-        vars(self).update({f"_{name}": getattr(run, f"_{name}") for name in (*settings, "num_timesteps")})
+        if not self._is_run:  # else a run inside a callback, which changes nothing for the outer one
+            vars(self).update({f"_{name}": getattr(run, f"_{name}") for name in (*settings, "num_timesteps")})
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles, which run nothing yet
         return vars(self) | {"_runs": []}

@@ -33,6 +33,8 @@ class UnconditionalPipeline(DiffusionPipeline):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more")
         config = self.unet.config
+        if output_type == "pil" and config.out_channels not in (1, 3, 4):
+            raise ValueError(f'output_type="pil" takes 1, 3 or 4 channels; this unet makes {config.out_channels}: "pt"')
         if config.sample_size is None:
             raise ValueError("the unet's config has no sample_size, so the size of the pictures isn't known")
         size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
