@@ -188,16 +188,16 @@ def test_dynamic_guidance(pipe):
 def test_returned_negative_prompt_embeds_are_taken_over(pipe):
     states, negatives = pipe.encode_prompt("a red apple", None, 1, True, "blue")
     names = ["prompt_embeds", "negative_prompt_embeds"]
-    for blue in (False, True):
 
-        def change(run, i, t, tensors, blue=blue):
+    def drawn(answer):
+        def change(run, i, t, tensors):
             assert tensors["prompt_embeds"].shape[0] == 2 and tensors["negative_prompt_embeds"].shape[0] == 1
-            return {"negative_prompt_embeds": negatives} if blue and i == 0 else None
+            return answer if i == 0 else None
 
-        seen = draw(pipe, steps=2, callback_on_step_end=change, callback_on_step_end_tensor_inputs=names)
-        if blue:
-            assert not seen.equal(plain)
-        plain = seen
+        return draw(pipe, steps=2, callback_on_step_end=change, callback_on_step_end_tensor_inputs=names)
+
+    assert not drawn({"negative_prompt_embeds": negatives}).equal(drawn(None))
+    assert drawn({"prompt_embeds": torch.cat([negatives, states])}).equal(drawn({"negative_prompt_embeds": negatives}))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def denoise(
     if step_options.get("eta") and "eta" not in options:
         warnings.warn(f"eta has no effect: {type(scheduler).__name__} doesn't read it", stacklevel=3)
     finite = []
-    for i, (t, t_on_device) in enumerate(zip(run.progress_bar(timesteps), timesteps.to(device), strict=True)):
+    times = timesteps.to(device, torch.float32)  # of one type for the network, whatever the sampler: compiled once
+    for i, (t, t_on_device) in enumerate(zip(run.progress_bar(timesteps), times, strict=True)):
         if run.interrupt:
             break
         latents, guided = tensors["latents"], run.do_classifier_free_guidance
