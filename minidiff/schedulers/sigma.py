@@ -159,13 +159,13 @@ class SigmaScheduler(Scheduler, abstract=True):
             return predicted
         return predicted * (-sigma / (sigma**2 + 1) ** 0.5) + sample / (sigma**2 + 1)
 
-    def _levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def _levels_at(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """In a run it is the level of the present step, or of the first one; else that of the timesteps given."""
         if self.begin_index is None:
             places = [self.index_for_timestep(t) for t in timesteps]
         else:
             places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
-        return self._reading(self.sigmas[places])
+        return self._reading(self.sigmas[places].to(dtype))
 
     def _reading(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of x = alpha x0 + sigma eps."""
