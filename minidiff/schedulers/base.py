@@ -12,6 +12,7 @@ import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -144,6 +145,12 @@ class Sampler(Configured, abstract=True):
             raise ValueError(f"timestep={timestep} is none of those that set_timesteps planned: {grid.tolist()}")
         return places[min(1, len(places) - 1)]
 
+    def _places(self, timesteps: Tensor) -> list[int]:
+        """Where noise is added: in a run at the present step, or the first one; else at the `timesteps` (B,) given."""
+        if self.begin_index is None:
+            return [self.index_for_timestep(t) for t in timesteps]
+        return [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
+
     def _enter(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> int:
         """The place in the grid at which a `step` stands, once its arguments are known to fit. `_leave` counts on."""
         self._check_tensors(model_output, sample)
@@ -156,10 +163,12 @@ class Sampler(Configured, abstract=True):
             raise ValueError(f"step {self.step_index + 1} of {n}: the run is over, call set_timesteps for a new one")
         return self.step_index
 
-    def _leave(self, prev_sample: Tensor, x0: Tensor | None = None, return_dict: bool = True) -> tuple:
-        """Counts the position on, and packs what `step` returns."""
+    def _leave(
+        self, prev_sample: Tensor, x0: Tensor | None = None, return_dict: bool = True, kind: type = StepOutput
+    ) -> tuple:
+        """Counts the position on, and packs what `step` returns: the sample, and as a rule the x0 seen."""
         self.step_index = None if self.step_index is None else self.step_index + 1
-        result = SchedulerOutput(prev_sample) if x0 is None else StepOutput(prev_sample, x0)
+        result = SchedulerOutput(prev_sample) if x0 is None else kind(prev_sample, x0)
         return result if return_dict else tuple(result)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
@@ -225,6 +234,15 @@ class Scheduler(Sampler, abstract=True):
         i = self.index_for_timestep(as_integer(timestep, "timestep")) + 1
         return self.grid[i] if i < len(self.grid) else torch.tensor(-1)
 
+    def _listed(self, timesteps: Sequence[int]) -> list[int]:
+        """Custom timesteps, whole numbers in descending order."""
+        grid = [as_integer(t, "timesteps") for t in timesteps]
+        if not grid or any(t <= t_next for t, t_next in pairwise(grid)):
+            raise ValueError(f"timesteps={grid} must be in descending order, and at least one")
+        if grid[0] >= len(self) or grid[-1] < 0:
+            raise ValueError(f"timesteps={grid} must lie in 0..{len(self) - 1}")
+        return grid
+
     def _check_signal(self, timesteps: Sequence[int] | np.ndarray, always: bool = False) -> None:
         """Raises a ValueError where a step would divide by an alpha_bar of 0: for x0 from eps, or `always`."""
         c = self.config
@@ -233,8 +251,8 @@ class Scheduler(Sampler, abstract=True):
             for t in timesteps:
                 if self.alphas_cumprod[t] == 0:
                     raise ValueError(
-                        f"alpha_bar is 0 at timestep {t}, the sample all noise, and {type(self).__name__} divides by it "
-                        f"with prediction_type={c.prediction_type!r}: zero terminal SNR (rescale_betas_zero_snr) needs "
+                        f"alpha_bar is 0 at timestep {t}, all noise, and {type(self).__name__} divides by it with "
+                        f"prediction_type={c.prediction_type!r}: zero terminal SNR (rescale_betas_zero_snr) needs "
                         "a model of 'v_prediction' and a sampler that has the key"
                     )
 
@@ -285,8 +303,9 @@ class Scheduler(Sampler, abstract=True):
     def _stride(self) -> int:
         """The distance of two timesteps, once `set_timesteps` has been called.
 
-        That of the grid itself is another for `trailing`, `linspace` and numbers that don't divide T; right would be
-        the next timestep. The reference steps so all the same, and more steps then don't converge to the exact solution.
+        That of the grid itself is another for `trailing`, `linspace` and numbers that don't divide T. Right would be
+        the way to the next timestep; the reference steps by T // n all the same, and more steps then don't converge to
+        the exact solution.
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..loading.component import check_tensors
 from ..loading.config import Share
 from ..noise import Generators, randn_tensor
-from .base import Scheduler, SchedulerConfig, Spacing, StepOutput, as_integer
+from .base import Scheduler, SchedulerConfig, Spacing, StepOutput
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,11 +51,7 @@ class DDPMScheduler(Scheduler):
         if timesteps is None:
             grid = self._spaced(num_inference_steps).round().astype("int64").tolist()
         else:
-            grid = [as_integer(t, "timesteps") for t in timesteps]
-            if not grid or any(t <= t_next for t, t_next in pairwise(grid)):
-                raise ValueError(f"timesteps={grid} must be in descending order, and at least one")
-            if grid[0] >= len(self) or grid[-1] < 0:
-                raise ValueError(f"timesteps={grid} must lie in 0..{len(self) - 1}")
+            grid = self._listed(timesteps)
         self._check_signal(grid)
         self._begin(grid, device)
         self.num_inference_steps = len(grid)

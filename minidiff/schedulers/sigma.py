@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..loading.config import Share
-from .base import Scheduler, SchedulerConfig, Spacing
+from .base import SamplerConfig, Scheduler, SchedulerConfig, Spacing
 from .schedule import ve_sigmas, vp_level
 
 TINY = 2**-24  # alpha_bar at the last timestep of a schedule with zero terminal SNR, whose sigma would be infinite
@@ -40,11 +40,7 @@ class KarrasConfig(SigmaConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        switches = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-        on = [key for key in switches if self.own(key)]
-        self.require(len(on) < 2, on[-1] if on else "", f"be false beside {on[0] if on else ''}: one grid at a time")
-        if self.use_beta_sigmas:
-            _beta_quantiles(1)  # asks for scipy now, rather than in the middle of a run
+        check_one_grid(self)
 
 
 class SigmaScheduler(Scheduler, abstract=True):
@@ -106,17 +102,13 @@ class SigmaScheduler(Scheduler, abstract=True):
         if c.own("interpolation_type") == "log_linear":  # n + 1 levels, of which the last two steps leave one out
             ends = np.log(self.table[[-1, 0]])
             sigmas = torch.linspace(*ends.tolist(), n + 1).exp().numpy()
-        most, least = self._ends(sigmas)
-        if c.own("use_karras_sigmas"):
-            sigmas = karras(most, least, n)
-        elif c.own("use_lu_lambdas"):
-            sigmas = np.exp(np.linspace(np.log(self.table[-1]), np.log(self.table[0]), n))
-        elif c.own("use_exponential_sigmas"):
-            sigmas = np.exp(np.linspace(math.log(most), math.log(least), n))
-        elif c.own("use_beta_sigmas"):
-            sigmas = least + _beta_quantiles(n) * (most - least)
+        if c.own("use_lu_lambdas"):
+            spaced = np.exp(np.linspace(np.log(self.table[-1]), np.log(self.table[0]), n))
         else:
+            spaced = spaced_in_sigma(c, *self._ends(sigmas), n)
+        if spaced is None:
             return timesteps, sigmas
+        sigmas = spaced
         timesteps = self._timesteps_of(sigmas)
         whole = self.rounded and (c.own("use_karras_sigmas") or c.own("use_lu_lambdas"))
         return timesteps.round() if whole else timesteps, sigmas
@@ -160,12 +152,7 @@ class SigmaScheduler(Scheduler, abstract=True):
         return predicted * (-sigma / (sigma**2 + 1) ** 0.5) + sample / (sigma**2 + 1)
 
     def _levels_at(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """In a run it is the level of the present step, or of the first one; else that of the timesteps given."""
-        if self.begin_index is None:
-            places = [self.index_for_timestep(t) for t in timesteps]
-        else:
-            places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
-        return self._reading(self.sigmas[places].to(dtype))
+        return self._reading(self.sigmas[self._places(timesteps)].to(dtype))
 
     def _reading(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of x = alpha x0 + sigma eps."""
@@ -234,6 +221,26 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         else:  # "flow_prediction": the velocity eps - x0
             x0 = sample - self.sigmas[i] * predicted
         return self._bound(x0)
+
+
+def check_one_grid(config: SamplerConfig) -> None:
+    """Of the grids that are spaced in sigma one at most can be asked for, and what it needs must be there."""
+    switches = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+    on = [key for key in switches if config.own(key)]
+    config.require(len(on) < 2, on[-1] if on else "", f"be false beside {on[0] if on else ''}: one grid at a time")
+    if config.own("use_beta_sigmas"):
+        _beta_quantiles(1)  # asks for scipy now, rather than in the middle of a run
+
+
+def spaced_in_sigma(config: SamplerConfig, most: float, least: float, n: int) -> np.ndarray | None:
+    """n levels from `most` to `least`, spaced as the config says; None if it leaves that to the timesteps."""
+    if config.own("use_karras_sigmas"):
+        return karras(most, least, n)
+    if config.own("use_exponential_sigmas"):
+        return np.exp(np.linspace(math.log(most), math.log(least), n))
+    if config.own("use_beta_sigmas"):
+        return least + _beta_quantiles(n) * (most - least)
+    return None
 
 
 def karras(most: float, least: float, n: int, rho: float = 7.0) -> np.ndarray:
