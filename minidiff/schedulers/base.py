@@ -10,7 +10,7 @@ has to be fetched from there, so a loop that must not wait passes CPU tensors or
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -146,7 +146,8 @@ class Sampler(Configured, abstract=True):
         return places[min(1, len(places) - 1)]
 
     def _places(self, timesteps: Tensor) -> list[int]:
-        """Where noise is added: in a run at the present step, or the first one; else at the `timesteps` (B,) given."""
+        """Where noise is added: once set_begin_index was called, at the present step or the first one; else at the
+        `timesteps` (B,) given."""
         if self.begin_index is None:
             return [self.index_for_timestep(t) for t in timesteps]
         return [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
@@ -156,6 +157,10 @@ class Sampler(Configured, abstract=True):
         self._check_tensors(model_output, sample)
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        return self._place(timestep)
+
+    def _place(self, timestep: float | Tensor) -> int:
+        """Where the run stands. It begins at `begin_index`, else at the timestep given first, and is counted on."""
         if self.step_index is None:
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
         if not 0 <= self.step_index < len(self.timesteps):
@@ -205,14 +210,19 @@ class Scheduler(Sampler, abstract=True):
         self.final_alpha_cumprod = torch.tensor(1.0) if c.own("set_alpha_to_one", True) else self.alphas_cumprod[0]
         self._begin(torch.arange(len(self)).flip(0))
 
-    def _spaced(self, num_inference_steps: int, offset: int | None = None, spare: int = 0) -> np.ndarray:
+    def _spaced(
+        self, num_inference_steps: int, offset: int | None = None, spare: int = 0, total: int | None = None
+    ) -> np.ndarray:
         """`num_inference_steps` timesteps, descending, spaced as `timestep_spacing` says; float64.
 
-        `spare` levels more are laid out, of which the last ones aren't used (DPM-Solver's grids have one).
+        `spare` levels more are laid out, of which the last ones aren't used (DPM-Solver's grids have one). Only the
+        first `total` of the training's timesteps are used, if given.
         """
         n, T = as_integer(num_inference_steps, "num_inference_steps"), len(self)
+        if total is not None and not 1 <= (T := as_integer(total, "num_train_timesteps")) <= len(self):
+            raise ValueError(f"num_train_timesteps={T} must lie in 1..{len(self)}, which the config has")
         if not 1 <= n <= T:
-            raise ValueError(f"num_inference_steps={n} must lie in 1..{T}, the config's num_train_timesteps")
+            raise ValueError(f"num_inference_steps={n} must lie in 1..{T}, the num_train_timesteps")
         spacing, offset = self.config.timestep_spacing, self.config.steps_offset if offset is None else offset
         if spacing == "linspace":
             grid = np.linspace(0, T - 1, n + spare)[::-1][:n]
@@ -261,16 +271,18 @@ class Scheduler(Sampler, abstract=True):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Samples x_t = alpha x0 + sigma eps, (B, ...) from (B, ...). `timesteps` (B,); one can stand for all."""
         check_tensors(original_samples=original_samples, noise=noise, timesteps=timesteps)
-        alpha, sigma = self._noise_levels(timesteps, noise, original_samples)
+        alpha, sigma = self._noise_levels(self._levels_at, timesteps, noise, original_samples)
         return alpha * original_samples + sigma * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a v_prediction model learns to say (arXiv 2202.00512, appendix D). Shapes as in `add_noise`."""
         check_tensors(sample=sample, noise=noise, timesteps=timesteps)
-        alpha, sigma = self._noise_levels(timesteps, noise, sample)
+        alpha, sigma = self._noise_levels(self._vp_levels_at, timesteps, noise, sample)
         return alpha * noise - sigma * sample
 
-    def _noise_levels(self, timesteps: Tensor, noise: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _noise_levels(
+        self, levels_at: Callable[..., tuple[Tensor, Tensor]], timesteps: Tensor, noise: Tensor, sample: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """alpha and sigma at `timesteps`, in the sample's dtype, (B, 1, 1, ...) to broadcast over it."""
         timesteps = timesteps.flatten()
         if noise.shape[1:] != sample.shape[1:]:
@@ -278,7 +290,7 @@ class Scheduler(Sampler, abstract=True):
         if timesteps.shape[0] not in (1, sample.shape[0]) and sample.shape[0] != 1:
             raise ValueError(f"timesteps has {timesteps.shape[0]} values for {sample.shape[0]} samples")
         # In half precision 1 - alpha_bar would be lost at low noise, and is in the reference: 0.0292 at timestep 0
-        levels = self._levels_at(timesteps, torch.promote_types(sample.dtype, torch.float32))
+        levels = levels_at(timesteps, torch.promote_types(sample.dtype, torch.float32))
         return tuple(x.to(sample.device, sample.dtype).view(-1, *[1] * (sample.ndim - 1)) for x in levels)
 
     def _levels_at(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -289,6 +301,10 @@ class Scheduler(Sampler, abstract=True):
             raise ValueError(f"timesteps must lie in 0..{len(self) - 1}, but are {timesteps.tolist()}")
         alpha_bar = self.alphas_cumprod.to(timesteps.device, non_blocking=True).gather(0, timesteps.long()).to(dtype)
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+    def _vp_levels_at(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same in the VP reading, in which v is defined, whichever one the sampler holds."""
+        return self._levels_at(timesteps, dtype)
 
     # What the model says
 
