@@ -1,9 +1,10 @@
 """DiffusionPipeline: what all systems of models and a scheduler share. Folders in and out, device and dtype."""
 
 import difflib
+import functools
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
 
 import numpy as np
@@ -55,6 +56,8 @@ class DiffusionPipeline(Runs, MemorySwitches):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         PIPELINES[cls.__name__] = cls
+        for name in {"__init__", "__call__"} & vars(cls).keys():
+            setattr(cls, name, _explained(vars(cls)[name], cls.__name__))
 
     def register_modules(self, **components: Any) -> None:
         """Keeps the components as attributes; `components` and `save_pretrained` know them by these names.
@@ -183,6 +186,25 @@ class DiffusionPipeline(Runs, MemorySwitches):
 
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
         return tqdm(iterable, total=total, **self._progress_bar_config)
+
+
+def _explained(function: Callable, owner: str) -> Callable:
+    """`function`, which says what it takes where its arguments don't fit. Python would only say that they don't."""
+    signature = inspect.signature(function)
+    names = [name for name in signature.parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            unknown = [name for name in kwargs if name not in names]
+            near = difflib.get_close_matches(unknown[0], names, n=1) if unknown else []
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(names)}"
+            raise TypeError(f"{owner} {error}: {hint}") from None
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def _describe(part: Any) -> list[str | None]:
