@@ -124,7 +124,7 @@ class Sampler(Configured, abstract=True):
         """Lays the grid of a new run, and forgets the one before."""
         self.grid = torch.as_tensor(timesteps)
         try:
-            self.timesteps = self.grid.to(device)
+            self.timesteps = self.grid.to(device=device)
         except (RuntimeError, TypeError, AssertionError) as error:  # the last: torch without CUDA
             raise ValueError(f"device={device!r} is not supported: {error}") from None
         self.step_index: int | None = None
