@@ -332,11 +332,11 @@ def test_what_a_pipeline_hasnt(pipe):
 
 
 def test_arguments_that_arent_there(pipe):
-    with pytest.raises(TypeError, match=r"StableDiffusionPipeline .*'num_inference_step'.*: did you mean num_inference_steps"):
+    with pytest.raises(TypeError, match=r".num_inference_step.*: did you mean num_inference_steps"):
         pipe("a red apple", num_inference_step=3)
     with pytest.raises(TypeError, match=r"'strength'.*: it takes prompt, height, width"):
         pipe("a red apple", strength=0.5)
-    with pytest.raises(TypeError, match=r"StableDiffusionPipeline missing .*'text_encoder': it takes vae, text_encoder"):
+    with pytest.raises(TypeError, match=r"missing .*'text_encoder': it takes vae, text_encoder"):
         minidiff.StableDiffusionPipeline(pipe.vae)
 
 
