@@ -12,7 +12,15 @@ from .models import (
     UNet2DModel,
 )
 from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from .schedulers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+)
 
 __version__ = "0.1.0"
 
@@ -22,16 +30,19 @@ __all__ = [
     "CLIPTextModelWithProjection",
     "CLIPTokenizer",
     "ConfigError",
+    "DDIMInverseScheduler",
     "DDIMPipeline",
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
     "DiffusionPipeline",
     "EulerDiscreteScheduler",
+    "LCMScheduler",
     "LoadError",
     "PNDMPipeline",
     "PNDMScheduler",
     "StableDiffusionPipeline",
+    "TCDScheduler",
     "UNet2DConditionModel",
     "UNet2DModel",
     "bundled",

@@ -367,9 +367,10 @@ def as_integer(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an integer, but is {value!r}") from None
 
 
-def check_number(value: Any, name: str, least: float = -math.inf) -> None:
-    """Raises a TypeError or a ValueError that names the argument unless it is a finite number, `least` or more."""
+def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raises a TypeError or a ValueError that names the argument unless it is a finite number, in `least`..`most`."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, but is {value!r}")
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name}={value} must be finite" + (f", and {least} or more" if least > -math.inf else ""))
+    if not (math.isfinite(value) and least <= value <= most):
+        above = f", and {least} or more" if least > -math.inf else ""
+        raise ValueError(f"{name}={value} must be finite{above if most == math.inf else f', and in {least}..{most}'}")
