@@ -4,8 +4,12 @@ from .ddim import DDIMScheduler
 from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
 from .euler import EulerDiscreteScheduler
+from .flow_match_euler import FlowMatchEulerDiscreteScheduler
+from .karras_ve import KarrasVeScheduler
 from .lcm import LCMScheduler
 from .pndm import PNDMScheduler
+from .repaint import RePaintScheduler
+from .score_sde_ve import ScoreSdeVeScheduler
 from .tcd import TCDScheduler
 
 __all__ = [
@@ -13,7 +17,11 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "KarrasVeScheduler",
     "LCMScheduler",
     "PNDMScheduler",
+    "RePaintScheduler",
+    "ScoreSdeVeScheduler",
     "TCDScheduler",
 ]

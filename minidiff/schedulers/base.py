@@ -155,9 +155,14 @@ class Sampler(Configured, abstract=True):
     def _enter(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> int:
         """The place in the grid at which a `step` stands, once its arguments are known to fit. `_leave` counts on."""
         self._check_tensors(model_output, sample)
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        self._planned()
         return self._place(timestep)
+
+    def _planned(self, what: str = "step") -> int:
+        """How many steps were planned. Raises a ValueError if none."""
+        if self.num_inference_steps is None:
+            raise ValueError(f"num_inference_steps is None: call set_timesteps before {what}")
+        return self.num_inference_steps
 
     def _place(self, timestep: float | Tensor) -> int:
         """Where the run stands. It begins at `begin_index`, else at the timestep given first, and is counted on."""
@@ -323,9 +328,7 @@ class Scheduler(Sampler, abstract=True):
         the way to the next timestep; the reference steps by T // n all the same, and more steps then don't converge to
         the exact solution.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        return len(self) // self.num_inference_steps
+        return len(self) // self._planned()
 
     def _alpha_bar(self, t: int) -> Tensor:
         """alpha_bar at a timestep, a float32 scalar on the CPU. Before timestep 0 stands `final_alpha_cumprod`."""

@@ -50,7 +50,7 @@ class TCDScheduler(DistilledScheduler):
 
         x0, eps = self._x0_and_eps(model_output, alpha_bar, sample)
         jumped = prev_sample = alpha_bar_s**0.5 * x0 + (1 - alpha_bar_s) ** 0.5 * eps
-        if eta > 0 and i != self.num_inference_steps - 1:  # as in LCM: right would be the grid's last place
+        if eta > 0 and i != self.num_inference_steps - 1:  # counted as in LCM; at the end x_s is x', and a draw in vain
             noise = randn_tensor(model_output.shape, generator, model_output.device, jumped.dtype)
             kept = alpha_bar_next / alpha_bar_s
             prev_sample = kept**0.5 * jumped + (1 - kept) ** 0.5 * noise
