@@ -12,7 +12,19 @@ from .models import (
     UNet2DModel,
 )
 from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from .schedulers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KarrasVeScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    RePaintScheduler,
+    ScoreSdeVeScheduler,
+    TCDScheduler,
+)
 
 __version__ = "0.1.0"
 
@@ -22,16 +34,23 @@ __all__ = [
     "CLIPTextModelWithProjection",
     "CLIPTokenizer",
     "ConfigError",
+    "DDIMInverseScheduler",
     "DDIMPipeline",
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
     "DiffusionPipeline",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "KarrasVeScheduler",
+    "LCMScheduler",
     "LoadError",
     "PNDMPipeline",
     "PNDMScheduler",
+    "RePaintScheduler",
+    "ScoreSdeVeScheduler",
     "StableDiffusionPipeline",
+    "TCDScheduler",
     "UNet2DConditionModel",
     "UNet2DModel",
     "bundled",

@@ -155,9 +155,14 @@ class Sampler(Configured, abstract=True):
     def _enter(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> int:
         """The place in the grid at which a `step` stands, once its arguments are known to fit. `_leave` counts on."""
         self._check_tensors(model_output, sample)
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        self._planned()
         return self._place(timestep)
+
+    def _planned(self, what: str = "step") -> int:
+        """How many steps were planned. Raises a ValueError if none."""
+        if self.num_inference_steps is None:
+            raise ValueError(f"num_inference_steps is None: call set_timesteps before {what}")
+        return self.num_inference_steps
 
     def _place(self, timestep: float | Tensor) -> int:
         """Where the run stands. It begins at `begin_index`, else at the timestep given first, and is counted on."""
@@ -323,9 +328,7 @@ class Scheduler(Sampler, abstract=True):
         the way to the next timestep; the reference steps by T // n all the same, and more steps then don't converge to
         the exact solution.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        return len(self) // self.num_inference_steps
+        return len(self) // self._planned()
 
     def _alpha_bar(self, t: int) -> Tensor:
         """alpha_bar at a timestep, a float32 scalar on the CPU. Before timestep 0 stands `final_alpha_cumprod`."""
@@ -369,9 +372,10 @@ def as_integer(value: Any, name: str) -> int:
         raise TypeError(f"{name} must be an integer, but is {value!r}") from None
 
 
-def check_number(value: Any, name: str, least: float = -math.inf) -> None:
-    """Raises a TypeError or a ValueError that names the argument unless it is a finite number, `least` or more."""
+def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> None:
+    """Raises a TypeError or a ValueError that names the argument unless it is a finite number, in `least`..`most`."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, but is {value!r}")
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name}={value} must be finite" + (f", and {least} or more" if least > -math.inf else ""))
+    if not (math.isfinite(value) and least <= value <= most):
+        above = f", and {least} or more" if least > -math.inf else ""
+        raise ValueError(f"{name}={value} must be finite{above if most == math.inf else f', and in {least}..{most}'}")

@@ -278,6 +278,8 @@ def spaced_in_sigma(config: SamplerConfig, most: float, least: float, n: int) ->
     if config.own("use_karras_sigmas"):
         return karras(most, least, n)
     if config.own("use_exponential_sigmas"):
+        if least <= 0:
+            raise ValueError(f"use_exponential_sigmas is true: its levels must be more than 0, but the last is {least}")
         return np.exp(np.linspace(math.log(most), math.log(least), n))
     if config.own("use_beta_sigmas"):
         return least + _beta_quantiles(n) * (most - least)
