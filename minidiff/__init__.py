@@ -12,7 +12,17 @@ from .models import (
     UNet2DModel,
 )
 from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from .schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
 
 __version__ = "0.1.0"
 
@@ -27,7 +37,12 @@ __all__ = [
     "DDPMPipeline",
     "DDPMScheduler",
     "DiffusionPipeline",
+    "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
     "LoadError",
     "PNDMPipeline",
     "PNDMScheduler",
