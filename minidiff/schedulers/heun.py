@@ -59,8 +59,8 @@ class HeunDiscreteScheduler(TwoStageScheduler):
 
         if i % 2 == 0:
             self.history = (sample, slope)
-            x = sample + (self.sigmas[i + 1] - sigma) * slope
+            x = sample + slope * (self.sigmas[i + 1] - sigma)
         else:
             (start, first), self.history = self.history, ()
-            x = start + (sigma - self.sigmas[i - 1]) * (first + slope) / 2
+            x = start + (first + slope) / 2 * (sigma - self.sigmas[i - 1])
         return self._leave(x, x0, return_dict)

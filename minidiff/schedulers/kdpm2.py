@@ -66,6 +66,6 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         slope = (sample - x0) / self._seen(i)
         if i % 2 == 0:
             self.history = (sample,)
-            return sample + (middle - sigma) * slope, x0
+            return sample + slope * (middle - sigma), x0
         (start,), self.history = self.history, ()
-        return start + (end - sigma) * slope, x0
+        return start + slope * (end - sigma), x0

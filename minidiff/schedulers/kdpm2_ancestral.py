@@ -37,5 +37,5 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
         x, x0 = self._stage(model_output, sample, i)
         if i % 2:
             noise = randn_tensor(model_output.shape, generator, model_output.device, model_output.dtype)
-            x = x + self.ups[i // 2] * noise
+            x = x + noise * self.ups[i // 2]
         return self._leave(x, x0, return_dict)

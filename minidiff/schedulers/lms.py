@@ -48,7 +48,8 @@ class LMSDiscreteScheduler(SigmaScheduler):
         x0 = self._x0(model_output, sample, sigma)
         slope = (sample - x0) / sigma
 
-        self.history = (*self.history, slope)[-order:]
+        self.history = (*self.history, slope)
+        self.history = self.history[len(self.history) > order :]
         # Right would be as many nodes as slopes. A run that begins midway, at i > 0, has fewer of these at first, and
         # the weights that the reference takes all the same don't add up to sigma_(i+1) - sigma_i.
         nodes = min(order, i + 1)
