@@ -12,7 +12,7 @@ from .models import (
     UNet2DModel,
 )
 from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from .schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
     "EulerDiscreteScheduler",
     "LoadError",

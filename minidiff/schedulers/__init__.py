@@ -2,7 +2,8 @@
 
 from .ddim import DDIMScheduler
 from .ddpm import DDPMScheduler
+from .dpm_solver import DPMSolverMultistepScheduler
 from .euler import EulerDiscreteScheduler
 from .pndm import PNDMScheduler
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
