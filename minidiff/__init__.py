@@ -12,7 +12,14 @@ from .models import (
     UNet2DModel,
 )
 from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from .schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 __version__ = "0.1.0"
 
@@ -35,6 +42,7 @@ __all__ = [
     "StableDiffusionPipeline",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "UniPCMultistepScheduler",
     "bundled",
 ]
 

@@ -75,7 +75,7 @@ class SigmaScheduler(Scheduler, abstract=True):
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"give one of {', '.join(given)}, and not more")
         if sigmas is not None:
-            levels = _descending(sigmas, "sigmas", least=0, count=2).astype(np.float32)
+            levels = descending(sigmas, "sigmas", least=0, count=2).astype(np.float32)
             grid, last = (self._timesteps_of(levels[:-1]), levels[:-1]), levels[-1]
         else:
             if timesteps is None:
@@ -97,7 +97,7 @@ class SigmaScheduler(Scheduler, abstract=True):
         for key in (*GRIDS, "use_flow_sigmas"):
             if self.config.own(key):
                 raise ValueError(f"timesteps was given, but {key} is true and chooses them: set one of the two")
-        grid = _descending(timesteps, "timesteps", least=0)
+        grid = descending(timesteps, "timesteps", least=0)
         if grid[0] > len(self) - 1:
             raise ValueError(f"timesteps={list(timesteps)} must lie in 0..{len(self) - 1}")
         return grid
@@ -110,7 +110,8 @@ class SigmaScheduler(Scheduler, abstract=True):
             ends = np.log(self.table[[-1, 0]])
             sigmas = torch.linspace(*ends.tolist(), n + 1).exp().numpy()
         if c.own("use_lu_lambdas"):
-            spaced = np.exp(np.linspace(*np.log(self.table)[[-1, 0]].tolist(), n))
+            most, least = np.log(self.table)[[-1, 0]].tolist()
+            spaced = np.exp(most + np.linspace(0, 1, n) * (least - most))
         else:
             spaced = spaced_in_sigma(c, *self._ends(sigmas), n)
         if spaced is None:
@@ -132,7 +133,8 @@ class SigmaScheduler(Scheduler, abstract=True):
     def _timesteps_of(self, sigmas: np.ndarray, dtype: type = np.float64) -> np.ndarray:
         """Between which two of the training's levels each sigma lies, linear in log sigma: a fractional timestep."""
         table, log_sigmas = np.log(self.table), np.log(np.maximum(sigmas, 1e-10))
-        i = (np.searchsorted(table, log_sigmas, side="right") - 1).clip(0, len(table) - 2)
+        # The last level that isn't above. (With zero terminal SNR TINY isn't the least, and the table isn't sorted.)
+        i = np.cumsum(table[:, None] <= log_sigmas, axis=0).argmax(axis=0).clip(max=len(table) - 2)
         w = ((table[i] - log_sigmas) / (table[i] - table[i + 1])).clip(0, 1)
         i = i.astype(dtype)
         return (1 - w) * i + w * (i + 1)
@@ -246,7 +248,7 @@ def ancestral(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
     return up, (sigma_next**2 - up**2).clamp(min=0) ** 0.5  # it may round below 0
 
 
-def _descending(values: Sequence[float], name: str, least: float, count: int = 1) -> np.ndarray:
+def descending(values: Sequence[float], name: str, least: float, count: int = 1) -> np.ndarray:
     """`values` as a float64 array. Raises an error that names them unless they are numbers in descending order."""
     try:
         array = np.array([float(value) for value in values])

@@ -78,10 +78,16 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         device: torch.device | str | None = None,
         timesteps: Any = None,
         mu: float | None = None,
+        grid: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
+        """Also plans a `grid` of timesteps and sigmas."""
         if mu is not None:
             raise ValueError(f"mu={mu} is for use_dynamic_shifting, which isn't supported: set flow_shift to exp(mu)")
-        super()._plan(num_inference_steps, device, timesteps)
+        if grid is None:
+            super()._plan(num_inference_steps, device, timesteps)
+        else:
+            self._lay(*grid, self._last_sigma(grid[1]), device)
+            self.num_inference_steps = len(grid[0])
         self._check_levels()
 
     def _spaced(
