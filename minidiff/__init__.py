@@ -33,6 +33,12 @@ from .schedulers import (
     KDPM2DiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 __version__ = "0.1.0"
@@ -48,6 +54,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
@@ -67,6 +74,7 @@ __all__ = [
     "TCDScheduler",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "UniPCMultistepScheduler",
     "bundled",
 ]
 

@@ -3,6 +3,7 @@
 from .ddim import DDIMScheduler
 from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
+from .dpm_solver import DPMSolverMultistepScheduler
 from .euler import EulerDiscreteScheduler
 from .flow_match_euler import FlowMatchEulerDiscreteScheduler
 from .karras_ve import KarrasVeScheduler
@@ -38,4 +39,13 @@ __all__ = [
     "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+from .unipc import UniPCMultistepScheduler
+
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
 ]

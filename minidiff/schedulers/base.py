@@ -232,7 +232,8 @@ class Scheduler(Sampler, abstract=True):
             raise ValueError(f"num_train_timesteps={T} must lie in 1..{len(self)}, which the config has")
         if not 1 <= n <= T:
             raise ValueError(f"num_inference_steps={n} must lie in 1..{T}, the num_train_timesteps")
-        spacing, offset = self.config.timestep_spacing, self.config.steps_offset if offset is None else offset
+        spacing = self.config.own("timestep_spacing", "linspace")
+        offset = self.config.own("steps_offset", 0) if offset is None else offset
         if spacing == "linspace":
             grid = np.linspace(0, T - 1, n + spare)[::-1][:n]
         elif spacing == "leading":

@@ -8,16 +8,16 @@ x = alpha x0 + sigma eps, and count in lambda = log(alpha) - log(sigma), half th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..loading.config import Share
 from .base import SamplerConfig, Scheduler, SchedulerConfig, Spacing
 from .schedule import ve_sigmas, vp_level
 
+GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 TINY = 2**-24  # alpha_bar at the last timestep of a schedule with zero terminal SNR, whose sigma would be infinite
 
 
@@ -48,6 +48,7 @@ class SigmaScheduler(Scheduler, abstract=True):
 
     Config = SigmaConfig
     spare = 0  # levels that the grid of timesteps has at its end, but the run hasn't
+    dtype = np.float32  # of the timesteps
     rounded = False  # whether the timesteps of a Karras grid are whole
     spaced_at_first = False  # whether a grid spaced in sigma is laid before set_timesteps too, as long as the training
 
@@ -74,28 +75,29 @@ class SigmaScheduler(Scheduler, abstract=True):
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"give one of {', '.join(given)}, and not more")
         if sigmas is not None:
-            levels = _descending(sigmas, "sigmas", least=0, count=2).astype(np.float32)
+            levels = descending(sigmas, "sigmas", least=0, count=2).astype(np.float32)
             grid, last = (self._timesteps_of(levels[:-1]), levels[:-1]), levels[-1]
         else:
             if timesteps is None:
                 spaced = self._spaced(num_inference_steps, spare=self.spare, total=num_train_timesteps)
             else:
                 spaced = self._given(timesteps)
-            grid, last = self._levels(spaced.astype(np.float32)), self._last_sigma()
+            grid = self._levels(spaced.astype(np.float32))
+            last = self._last_sigma(grid[1])
         self._lay(*grid, last, device)
         self.num_inference_steps = len(grid[0])
 
     def _lay(self, timesteps: np.ndarray, sigmas: np.ndarray, last: float, device: str | None = None) -> None:
         """The grid: a model's timestep and a sigma for each step, and the sigma at which the last step ends."""
         self.sigmas = torch.from_numpy(np.append(sigmas, last).astype(np.float32))
-        self._begin(torch.from_numpy(timesteps.astype(np.float32)), device)
+        self._begin(torch.from_numpy(timesteps.astype(self.dtype)), device)
 
     def _given(self, timesteps: Sequence[float]) -> np.ndarray:
         """Custom timesteps, which leave no choice to a grid that is spaced in sigma."""
-        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
+        for key in (*GRIDS, "use_flow_sigmas"):
             if self.config.own(key):
                 raise ValueError(f"timesteps was given, but {key} is true and chooses them: set one of the two")
-        grid = _descending(timesteps, "timesteps", least=0)
+        grid = descending(timesteps, "timesteps", least=0)
         if grid[0] > len(self) - 1:
             raise ValueError(f"timesteps={list(timesteps)} must lie in 0..{len(self) - 1}")
         return grid
@@ -108,7 +110,8 @@ class SigmaScheduler(Scheduler, abstract=True):
             ends = np.log(self.table[[-1, 0]])
             sigmas = torch.linspace(*ends.tolist(), n + 1).exp().numpy()
         if c.own("use_lu_lambdas"):
-            spaced = np.exp(np.linspace(np.log(self.table[-1]), np.log(self.table[0]), n))
+            most, least = np.log(self.table)[[-1, 0]].tolist()
+            spaced = np.exp(most + np.linspace(0, 1, n) * (least - most))
         else:
             spaced = spaced_in_sigma(c, *self._ends(sigmas), n)
         if spaced is None:
@@ -123,14 +126,15 @@ class SigmaScheduler(Scheduler, abstract=True):
         most, least = self.config.own("sigma_max"), self.config.own("sigma_min")
         return sigmas[0].item() if most is None else most, sigmas[-1].item() if least is None else least
 
-    def _last_sigma(self) -> float:
+    def _last_sigma(self, sigmas: np.ndarray) -> float:
         """Where the last step ends: free of noise, or at the level of timestep 0."""
         return self.table[0] if self.config.own("final_sigmas_type") == "sigma_min" else 0.0
 
     def _timesteps_of(self, sigmas: np.ndarray, dtype: type = np.float64) -> np.ndarray:
         """Between which two of the training's levels each sigma lies, linear in log sigma: a fractional timestep."""
         table, log_sigmas = np.log(self.table), np.log(np.maximum(sigmas, 1e-10))
-        i = (np.searchsorted(table, log_sigmas, side="right") - 1).clip(0, len(table) - 2)
+        # The last level that isn't above. (With zero terminal SNR TINY isn't the least, and the table isn't sorted.)
+        i = np.cumsum(table[:, None] <= log_sigmas, axis=0).argmax(axis=0).clip(max=len(table) - 2)
         w = ((table[i] - log_sigmas) / (table[i] - table[i + 1])).clip(0, 1)
         i = i.astype(dtype)
         return (1 - w) * i + w * (i + 1)
@@ -198,74 +202,9 @@ class TwoStageScheduler(SigmaScheduler, abstract=True):
         return i
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SolverConfig(KarrasConfig):
-    """The keys of the solvers that hold the VP reading."""
-
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
-    solver_order: Literal[1, 2, 3] = 2
-    thresholding: bool = False
-    dynamic_thresholding_ratio: Share = 0.995
-    sample_max_value: float = 1.0
-    lower_order_final: bool = True
-    use_flow_sigmas: bool | None = False  # x = (1 - sigma) x0 + sigma eps (Flow matching, arXiv 2210.02747)
-    flow_shift: float = 1.0
-
-
-class SolverScheduler(SigmaScheduler, abstract=True):
-    """The VP reading of the same grid. `sigmas` are still those of the VE reading; `_point` gives alpha and sigma."""
-
-    Config = SolverConfig
-    spare: ClassVar[int] = 1
-    rounded: ClassVar[bool] = True
-    init_noise_sigma = 1.0
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        return sample
-
-    def _lay(self, timesteps: np.ndarray, sigmas: np.ndarray, last: float, device: str | None = None) -> None:
-        super()._lay(timesteps, sigmas, last, device)
-        self.timesteps = self.timesteps.long()  # cut, not rounded, as in the reference
-
-    def _ends(self, sigmas: np.ndarray) -> tuple[float, float]:
-        return super()._ends(self.table[::-1])
-
-    def _levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if not self.config.use_flow_sigmas:
-            return super()._levels(timesteps)
-        levels = 1 - np.linspace(1, 1 / len(self), len(timesteps) + 1)
-        shift = self.config.flow_shift
-        sigmas = (shift * levels / (1 + (shift - 1) * levels))[::-1][:-1]
-        return sigmas * len(self), sigmas
-
-    def _reading(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return (1 - sigma, sigma) if self.config.use_flow_sigmas else vp_level(sigma)
-
-    def _point(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha, sigma and lambda at a place in the grid. lambda must be taken in float32, from the float32 sigmas, as
-        in the reference: in float64 a step of order 3 differs by 3e-6 at 50 steps, and by 3e-3 at 999."""
-        alpha, sigma = self._reading(self.sigmas[i])
-        return alpha, sigma, torch.log(alpha) - torch.log(sigma)
-
-    def _x0_at(self, predicted: Tensor, sample: Tensor, i: int) -> Tensor:
-        """What the model takes for x0 at a place in the grid, bounded if the config says so."""
-        alpha, sigma, _ = self._point(i)
-        kind = self.config.prediction_type
-        if kind == "epsilon":
-            x0 = (sample - sigma * predicted) / alpha
-        elif kind == "sample":
-            x0 = predicted
-        elif kind == "v_prediction":
-            x0 = alpha * sample - sigma * predicted
-        else:  # "flow_prediction": the velocity eps - x0
-            x0 = sample - self.sigmas[i] * predicted
-        return self._bound(x0)
-
-
 def check_one_grid(config: SamplerConfig) -> None:
     """Of the grids that are spaced in sigma one at most can be asked for, and what it needs must be there."""
-    switches = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-    on = [key for key in switches if config.own(key)]
+    on = [key for key in GRIDS if config.own(key)]
     config.require(len(on) < 2, on[-1] if on else "", f"be false beside {on[0] if on else ''}: one grid at a time")
     if config.own("use_beta_sigmas"):
         _beta_quantiles(1)  # asks for scipy now, rather than in the middle of a run
@@ -309,7 +248,7 @@ def ancestral(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
     return up, (sigma_next**2 - up**2).clamp(min=0) ** 0.5  # it may round below 0
 
 
-def _descending(values: Sequence[float], name: str, least: float, count: int = 1) -> np.ndarray:
+def descending(values: Sequence[float], name: str, least: float, count: int = 1) -> np.ndarray:
     """`values` as a float64 array. Raises an error that names them unless they are numbers in descending order."""
     try:
         array = np.array([float(value) for value in values])
