@@ -9,9 +9,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from minidiff.config import ConfigError
 
 import minidiff.schedulers as ours
-from minidiff.config import ConfigError
 from minidiff.noise import randn_tensor
 
 NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
