@@ -150,7 +150,10 @@ class VaeImageProcessor:
         else:
             own = image.shape[2:4] if isinstance(image, Tensor) else image.shape[1:3]
         height, width = own[0] if height is None else height, own[1] if width is None else width
-        return height - height % self.vae_scale_factor, width - width % self.vae_scale_factor
+        factor = self.vae_scale_factor
+        if min(height, width) < factor:
+            raise ValueError(f"image of {height} x {width} pixels is smaller than vae_scale_factor={factor}")
+        return height - height % factor, width - width % factor
 
     def resize(
         self, image: Image.Image | np.ndarray | Tensor, height: int, width: int, resize_mode: str = "default"

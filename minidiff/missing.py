@@ -2,27 +2,28 @@
 
 import importlib
 import opcode
-import re
 import sys
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from typing import Any
 
-# Names of diffusers by kind; the first pattern found in a name speaks for it
+OTHERS = "it is another line of systems than Stable Diffusion 1, 2 and XL"
+
+# Names of diffusers by kind: words in them, and why they aren't here. The first that fits speaks
 REASONS = {
-    r"^(Flax|Onnx|OpenVINO|TF)": "minidiff is PyTorch alone",
-    r"Quant|BitsAndBytes|GGUF|TorchAo": "weights are float32, float16 or bfloat16 here, not quantized",
-    r"ControlNet|T2IAdapter|MultiAdapter": "it belongs to networks that steer a UNet",
-    r"IPAdapter|ImageProjection|FaceId": "it belongs to pictures as prompts",
-    r"Lora|PeftAdapter|TextualInversion|LoaderMixin": "it belongs to adapters: wrap the layers of a network by hand",
-    r"Attn.*Processor|^Attention": "attention has no processors here; minidiff.models.unet.Attention is all of it",
-    r"Video|Animate|Motion|3D|Temporal|I2VGen|Wan|CogVideo|Mochi|LTX|Hunyuan": "minidiff draws pictures, no video",
-    r"Audio|Music|1D|Spectrogram": "minidiff draws pictures, no sound",
-    r"Flux|Diffusion3|SD3|DiT|Transformer|PixArt|Sana|Qwen|Lumina|AuraFlow|Bria|Chroma|HiDream|Cosmos|Kolors|ZImage": "transformers in place of UNets are another line of systems than Stable Diffusion 1, 2 and XL",
-    r"Kandinsky|UnCLIP|Wuerstchen|Cascade|Shap|DeepFloyd|^IF|Amused|VQ|LDM|Latte|Paint|Marigold|LEdits|BLIP": "it is another system than Stable Diffusion 1, 2 and XL",
-    r"XL": "UNet2DConditionModel, AutoencoderKL and CLIPTextModelWithProjection run the networks of XL",
-    r"SafetyChecker": "minidiff looks at no pictures; a folder that names a safety checker loads without it",
-    r"Autoencoder": "of autoencoders minidiff has AutoencoderKL, that of Stable Diffusion",
+    "Flax Onnx OpenVINO": "minidiff is PyTorch alone",
+    "Quant BitsAndBytes GGUF TorchAo": "weights are float32, float16 or bfloat16 here, not quantized",
+    "ControlNet T2IAdapter MultiAdapter": "it belongs to networks that steer a UNet",
+    "IPAdapter ImageProjection FaceId": "it belongs to pictures as prompts",
+    "Lora Peft TextualInversion LoaderMixin": "it belongs to adapters: wrap the layers of a network by hand",
+    "AttnProcessor AttnAdded Attention": "attention is minidiff.models.unet.Attention here, without processors",
+    "Video Animate Motion 3D Temporal I2VGen Wan CogV Mochi LTX Hunyuan": "minidiff draws pictures, no video",
+    "Audio Music 1D Spectrogram": "minidiff draws pictures, no sound",
+    "Flux Diffusion3 SD3 DiT Transformer PixArt Sana Qwen Lumina AuraFlow Chroma HiDream Cosmos Kolors ZImage": OTHERS,
+    "Kandinsky UnCLIP Wuerstchen Cascade Shap IFPipeline IFImg IFIn Amused VQ LDM Latte Paint Marigold BLIP": OTHERS,
+    "XL": "UNet2DConditionModel, AutoencoderKL and CLIPTextModelWithProjection run the networks of XL",
+    "SafetyChecker": "minidiff looks at no pictures; a folder that names a safety checker loads without it",
+    "Autoencoder": "of autoencoders minidiff has AutoencoderKL, that of Stable Diffusion",
 }
 KINDS = ("Pipeline", "Scheduler", "Model", "Output", "Tokenizer")
 
@@ -51,11 +52,10 @@ def _importing(frame: Any) -> bool:
 
 
 def message(module: str, name: str, names: Collection[str]) -> str:
-    near = get_close_matches(name, names, n=1, cutoff=0.85)
-    if near:
+    reason = next((reason for words, reason in REASONS.items() if any(word in name for word in words.split())), None)
+    if reason is None and (near := get_close_matches(name, names, n=1, cutoff=0.92)):
         return f"{module} has no {name}: did you mean {near[0]}?"
-    reason = next((reason for pattern, reason in REASONS.items() if re.search(pattern, name)), None)
-    kind = next((kind for kind in KINDS if name.endswith(kind)), "")
-    alike = sorted(known for known in names if kind and known.endswith(kind)) or sorted(names)
-    instead = f" {module} has {', '.join(alike)}." if alike else ""
-    return f"{module} has no {name}{f': {reason}' if reason else ''}.{instead} For the rest there is diffusers."
+    kind = next((kind for kind in KINDS if name.endswith(kind)), None)
+    alike = sorted(known for known in names if kind and known.endswith(kind)) or get_close_matches(name, names)
+    there = f" It has {', '.join(alike)}." if alike else ""
+    return f"{module} has no {name}{f': {reason}' if reason else ''}.{there} For anything else use diffusers"

@@ -46,7 +46,7 @@ def faded(before: Tensor, tile: Tensor, fade: int, dim: int) -> Tensor:
     fade = min(before.shape[dim], tile.shape[dim], fade)
     weight = torch.arange(fade, dtype=torch.float64) / fade  # 0 .. 1 - 1 / fade
     weight = weight.view(-1, 1) if dim == 2 else weight
-    old, new = ((1 - weight).to(tile), weight.to(tile))
-    first, rest = tile.split([fade, tile.shape[dim] - fade], dim)
-    last = before.narrow(dim, before.shape[dim] - fade, fade)
-    return torch.cat([last * old + first * new, rest], dim)
+    last, tile = before.narrow(dim, before.shape[dim] - fade, fade), tile.clone()
+    first = tile.narrow(dim, 0, fade)
+    first.copy_(last * (1 - weight).to(tile) + first * weight.to(tile))
+    return tile
