@@ -1,5 +1,6 @@
 """The samplers. Each file is one; `schedule.py` has the noise schedules, `base.py` and `sigma.py` what is shared."""
 
+from ..missing import getter
 from .ddim import DDIMScheduler
 from .ddim_inverse import DDIMInverseScheduler
 from .ddpm import DDPMScheduler
@@ -49,3 +50,5 @@ __all__ = [
     "PNDMScheduler",
     "UniPCMultistepScheduler",
 ]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
+__getattr__ = getter(__name__, __all__)
