@@ -286,7 +286,7 @@ class CLIPTokenizer(Component):
         except ValueError as error:
             raise LoadError(f"{file}: {error}") from None
 
-    def write_to(self, folder: Path, variant: str | None = None) -> None:
+    def write_to(self, folder: Path, files: Files | None = None) -> None:
         """Writes the files of transformers 4 and of 5."""
         self._backend.model.save(str(folder))  # vocab.json, merges.txt
         self._backend.save(str(folder / "tokenizer.json"))
