@@ -31,8 +31,6 @@ def fetch(
     folder = Path(path)
     if os.path.isdir(folder):  # which says False, unlike Path, where a name is too long
         return folder
-    if force_download and local_files_only:
-        raise ValueError("force_download=True asks for the Hub, local_files_only=True for no network: leave one out")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or os.path.exists(folder):
         raise LoadError(f"{path}: there is no such folder, and it is no Hub id (as in org/name) either")
 
@@ -45,7 +43,10 @@ def fetch(
             info = HfApi(token=token).model_info(str(path), revision=revision)
             wanted = names([file.rfilename for file in info.siblings])
         except Exception as error:  # no network, no such repository, no permission: the cache may have it all the same
-            problem, offline = error, not force_download
+            problem, offline = error, True
+    if force_download and offline:
+        asked = "local_files_only or HF_HUB_OFFLINE says not to ask"
+        raise LoadError(f"{path}: force_download=True, but it is not to be had from the Hub: {problem or asked}")
     where = {"revision": revision, "cache_dir": cache_dir, "token": token, "force_download": force_download}
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=offline, **where))

@@ -87,6 +87,8 @@ def _turn(folder: Path, stages: dict[str, Path]) -> Iterator[dict[str, Path]]:
     while taken is None:
         for place in _journals(folder):
             _finish(place)
+        if denied := [place for place in places if place.exists() and not os.access(place, os.W_OK)]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(denied[0]))
         made = [place for place in places if not place.exists()]
         for place in places:
             try:

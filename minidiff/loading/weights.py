@@ -140,7 +140,11 @@ def write_weights(tensors: Mapping[str, Tensor], stem: str, folder: Path, files:
     for ours, tensor in tensors.items():
         hub, change = table.origin(ours)
         parts.setdefault(hub, {})[change] = tensor.detach()
-    whole = {hub: to_hub(changed).contiguous() for hub, changed in parts.items()}
+    whole, places = {}, set()
+    for hub, changed in parts.items():
+        tensor = to_hub(changed).contiguous()
+        whole[hub] = tensor.clone() if tensor.data_ptr() in places else tensor  # files have no ties
+        places.add(tensor.data_ptr())
     dot = f".{files.variant}" if files.variant else ""
     pattern = f"{stem}{dot}{{suffix}}.safetensors"
     split = split_torch_state_dict_into_shards(whole, filename_pattern=pattern, max_shard_size=files.max_shard_size)
