@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from sampler_parity import STABLE_DIFFUSION, compare_grid, compare_run, product
+from sampler_parity import STABLE_DIFFUSION, compare_run, product
 
 import minidiff as m
 from minidiff.loading.config import ConfigError
@@ -104,7 +104,9 @@ def test_the_reference_leaves_lcms_custom_timesteps_with_less_strength_noisy(str
         for t in scheduler.timesteps:
             out = scheduler.step(x, t, x, generator=torch.Generator().manual_seed(0))
         alpha_bar = scheduler.alphas_cumprod[259]
-        assert out.prev_sample.std().item() == pytest.approx((1 - alpha_bar.item()) ** 0.5 if strength < 1 else 0, rel=0.1)
+        assert out.prev_sample.std().item() == pytest.approx(
+            (1 - alpha_bar.item()) ** 0.5 if strength < 1 else 0, rel=0.1
+        )
 
 
 @pytest.mark.parametrize("name", [*DISTILLED, "DDIMInverseScheduler"])
@@ -468,7 +470,9 @@ def test_score_sde_ve_in_other_dtypes(dtype):
     bound = 1e-6 if dtype == torch.float64 else 0
     sample, score = normal(0, dtype=dtype), normal(1, dtype=dtype)
     draws = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)]
-    got, want = (one.step_pred(score, 0.5, sample, generator=g) for one, g in zip((ours, reference), draws, strict=True))
+    got, want = (
+        one.step_pred(score, 0.5, sample, generator=g) for one, g in zip((ours, reference), draws, strict=True)
+    )
     check_equal(got, want, bound)
     got, want = (one.step_correct(score, sample, generator=g) for one, g in zip((ours, reference), draws, strict=True))
     check_equal(got, want, 1e-6)

@@ -3,17 +3,14 @@ beside the mathematics."""
 
 import functools
 import inspect
-import math
 import random
 from fractions import Fraction
-from itertools import pairwise
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from sampler_parity import STABLE_DIFFUSION, compare_grid, compare_run, product
-from test_properties_schedulers import COVARIANCE, MEAN, Gaussian, Mixture, check_moments
 
 import minidiff as m
 from minidiff.loading.config import ConfigError
@@ -345,7 +342,7 @@ def test_what_step_returns(name):
     for return_dict in (True, False):
         scheduler.set_timesteps(3)
         out = scheduler.step(x, scheduler.timesteps[0], x, return_dict=return_dict)
-        assert type(out) is tuple or out.prev_sample is out[0] and out["pred_original_sample"] is out[1]
+        assert type(out) is tuple or (out.prev_sample is out[0] and out["pred_original_sample"] is out[1])
         assert len(out) == 2
 
 
