@@ -2,73 +2,22 @@
 
 from pathlib import Path
 
+from . import models, pipelines, schedulers
 from .loading.config import ConfigError, LoadError
 from .missing import getter
-from .models import (
-    AutoencoderKL,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import (
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KarrasVeScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    RePaintScheduler,
-    ScoreSdeVeScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+from .models import *  # noqa: F403
+from .pipelines import *  # noqa: F403
+from .schedulers import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AutoencoderKL",
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "CLIPTokenizer",
     "ConfigError",
-    "DDIMInverseScheduler",
-    "DDIMPipeline",
-    "DDIMScheduler",
-    "DDPMPipeline",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "DiffusionPipeline",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KarrasVeScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
     "LoadError",
-    "PNDMPipeline",
-    "PNDMScheduler",
-    "RePaintScheduler",
-    "ScoreSdeVeScheduler",
-    "StableDiffusionPipeline",
-    "TCDScheduler",
-    "UNet2DConditionModel",
-    "UNet2DModel",
-    "UniPCMultistepScheduler",
     "bundled",
+    *models.__all__,
+    *pipelines.__all__,
+    *schedulers.__all__,
 ]
 
 DOORS = ("image_processor", "optimization", "training_utils", "utils")  # where documentation finds its helpers
