@@ -11,7 +11,7 @@ PICTURE = 1e-4
 SAMPLERS = sorted(
     name
     for name in minidiff.schedulers.__all__
-    if hasattr(diffusers, name) and getattr(getattr(minidiff, name), "takes_text", True)
+    if hasattr(diffusers, name) and not getattr(minidiff, name).own_loop
 )
 
 

@@ -14,7 +14,7 @@ import minidiff
 TEXT_SAMPLERS = [
     name
     for name in minidiff.schedulers.__all__
-    if getattr(getattr(minidiff, name), "takes_text", True) and name.endswith("Scheduler")
+    if not getattr(minidiff, name).own_loop and name.endswith("Scheduler")
 ]
 
 
@@ -321,6 +321,13 @@ def test_one_compilation_without_a_text(tiny_ddpm_folder):
 
 
 # What isn't there
+
+
+@pytest.mark.parametrize("name", sorted({*minidiff.schedulers.__all__} - {*TEXT_SAMPLERS}))
+def test_samplers_with_a_loop_of_their_own_say_so(pipe, name):
+    other = minidiff.StableDiffusionPipeline(**{**pipe.components, "scheduler": getattr(minidiff, name)()})
+    with pytest.raises(ValueError, match=f"scheduler is {name}, which "):
+        draw(other)
 
 
 def test_what_a_pipeline_hasnt(pipe):

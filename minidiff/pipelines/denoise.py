@@ -81,6 +81,8 @@ def plan(
     scheduler: Any, num_inference_steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
 ) -> Tensor:
     """Lays the scheduler's grid: a number of steps, or custom `timesteps` or `sigmas` where it takes them."""
+    if reason := getattr(scheduler, "own_loop", ""):
+        raise ValueError(f"scheduler is {type(scheduler).__name__}, which {reason}: this pipeline's loop can't run it")
     given = {"timesteps": timesteps, "sigmas": sigmas}
     custom = {name: value for name, value in given.items() if value is not None}
     if len(custom) > 1:
