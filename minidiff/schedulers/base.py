@@ -324,9 +324,9 @@ class Scheduler(Sampler, abstract=True):
     def _stride(self) -> int:
         """The distance of two timesteps, once `set_timesteps` has been called.
 
-        That of the grid itself is another for `trailing`, `linspace` and numbers that don't divide T. Right would be
-        the way to the next timestep; the reference steps by T // n all the same, and more steps then don't converge to
-        the exact solution.
+        That of the grid itself is another for `trailing` and `linspace`, where n doesn't divide T, and right would be
+        the way to the next timestep. The reference steps by T // n all the same, so that more steps don't converge to
+        the exact solution: of 1000 timesteps, 600 steps of 1 in place of 1.67 are off by 0.61, 200 steps by 0.015.
         """
         return len(self) // self._planned()
 

@@ -100,7 +100,7 @@ class PNDMScheduler(Scheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple:
         """A linear multistep step, eq. 12. Without PRK the first step is taken twice, with the mean of both ends."""
-        stride = self._stride()
+        stride = self._stride()  # T // n, not the grid's own: see there
         t = self._check_step(model_output, timestep, sample)
         model_output = self._eps_for_x0(model_output, t, sample)
         if not self.config.skip_prk_steps and len(self.history) < 3:
