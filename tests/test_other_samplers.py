@@ -328,7 +328,7 @@ def test_signatures_and_configs_are_the_references(name):
 
 @pytest.mark.parametrize("name", OWN_LOOP)
 def test_what_has_its_own_loop_says_whose(name):
-    """A pipeline ends its error with these words: "RePaintScheduler takes the picture and its mask in each step ..." """
+    """A pipeline ends its error with these words: "RePaintScheduler takes the picture and its mask in each step"."""
     assert getattr(m, name).own_loop.split()[0] in ("takes", "has", "needs")
     for other in ("DDIMScheduler", "EulerDiscreteScheduler", *DISTILLED):
         assert getattr(m, other).own_loop == ""
@@ -398,7 +398,7 @@ def test_repaint_steps_and_undoes_steps_as_the_reference(dtype):
 
 
 def test_repaint_keeps_what_the_mask_knows():
-    """Where it is 1 the step is `add_noise` of the picture, where it is 0 DDIM's; 1 at the end is the picture itself."""
+    """Where it is 1 the step is `add_noise` of the picture, or at the end the picture itself; where it is 0, DDIM's."""
     scheduler, ddim = m.RePaintScheduler(clip_sample=False), m.DDIMScheduler(clip_sample=False)
     sample, eps, picture = normal(0), normal(1), normal(2)
     mask = torch.zeros(1, 1, 4, 3)
@@ -432,7 +432,7 @@ def test_what_repaint_cannot_do():
         with pytest.raises(ValueError, match=f"num_inference_steps={arguments[0]} must lie in 1..1000"):
             scheduler.set_timesteps(*arguments)
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="eta=3.0 is too large at timestep 500"):
+    with pytest.raises(ValueError, match=r"eta=3\.0 is too large at timestep 500"):
         scheduler.step(x, 500, x, x, x)
     with pytest.raises(TypeError, match="mask must be a tensor"):
         scheduler.step(x, 500, x, x, None)

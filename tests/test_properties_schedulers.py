@@ -509,13 +509,14 @@ def test_the_references_stride_is_another_than_the_grids(cls, config, timestep_s
         a, b = alpha_bar_at(scheduler, t), alpha_bar_at(scheduler, t_next)
         return noised(b, (x - math.sqrt(1 - a) * eps) / math.sqrt(a), eps)
 
+    def given_step(eps, t, t_next, x):
+        return scheduler.step(eps, t, x).prev_sample
+
     errors, right_errors = [], []
     for n in (200, 600):
         scheduler.set_timesteps(n)
         grid = scheduler.timesteps.tolist()
-        errors.append(
-            error_at_the_end(data, grid, lambda eps, t, _, x: scheduler.step(eps, t, x).prev_sample, scheduler)
-        )
+        errors.append(error_at_the_end(data, grid, given_step, scheduler))
         right_errors.append(error_at_the_end(data, sorted({*grid}, reverse=True), right, scheduler))
     assert errors[1] > 10 * errors[0]
     assert right_errors[1] < 0.5 * right_errors[0]

@@ -44,7 +44,7 @@ class RePaintScheduler(Scheduler):
         jump_n_sample: int = 10,
         device: torch.device | str | None = None,
     ) -> None:
-        """Plans `num_inference_steps` levels: each `jump_length` of them are walked `jump_n_sample` times, then the next.
+        """Plans `num_inference_steps` levels: each `jump_length` of them is walked `jump_n_sample` times, all in all.
 
         Where `timesteps` rise, `undo_step` is due in place of `step`.
         """
