@@ -19,6 +19,12 @@ SCHEDULERS, TABLES = "tests/test_properties_schedulers.py", "tests/test_properti
 BASE, DDIM, DDPM, PNDM = (f"minidiff/schedulers/{name}.py" for name in ("base", "ddim", "ddpm", "pndm"))
 RULES, UNET, VAE, CLIP = (f"weights_compat/{name}.py" for name in ("rules", "unet", "vae", "clip"))
 
+SIGMA, EULER, ANCESTRAL, HEUN, LMS, KDPM2, KDPM2_ANCESTRAL = VE = tuple(
+    f"minidiff/schedulers/{name}.py"
+    for name in ("sigma", "euler", "euler_ancestral", "heun", "lms", "kdpm2", "kdpm2_ancestral")
+)
+VE_TESTS = "tests/test_sigma_samplers.py"
+
 # File, the code, and what it becomes. The code must stand there once.
 MUTANTS = [
     # signs
@@ -74,6 +80,52 @@ MUTANTS = [
     # state that isn't cleared
     (PNDM, "        self.counter = 0  # of calls to step", "        self.counter = getattr(self, 'counter', 0)"),
     (PNDM, "self.history: list[torch.Tensor] = []", "self.history = getattr(self, 'history', [])"),
+    # samplers in the noise level
+    (EULER, "gamma + 1", "gamma - 1"),
+    (EULER, "len(self.sigmas) - 1), 2**0.5", "len(self.sigmas)), 2**0.5"),
+    (EULER, "(sigma_hat**2 - sigma**2) ** 0.5", "(sigma_hat**2 - sigma**2)"),
+    (EULER, "(sigma_next - sigma_hat)", "(sigma_next - sigma)"),
+    (EULER, "/ sigma_hat", "/ sigma"),
+    (EULER, "0.25 * torch", "0.5 * torch"),
+    (EULER, "s_tmin <= sigma <= s_tmax", "s_tmin <= sigma_hat <= s_tmax"),
+    (ANCESTRAL, "(sigma_down - sigma)", "(sigma_next - sigma)"),
+    (ANCESTRAL, "noise * sigma_up", "noise * sigma_next"),
+    (ANCESTRAL, "self.sigmas[i + 1]", "self.sigmas[i]"),
+    (ANCESTRAL, "(x - x0) / sigma", "(x + x0) / sigma"),
+    (SIGMA, "(sigma**2 - sigma_next**2) / sigma**2", "(sigma**2 - sigma_next**2) / sigma"),
+    (SIGMA, "(sigma_next**2 - up**2).clamp", "(sigma_next**2 + up**2).clamp"),
+    (SIGMA, ".clamp(min=0) ** 0.5", " ** 0.5"),
+    (SIGMA, "[0, *np.repeat(np.arange(1,", "[0, *np.repeat(np.arange(0,"),
+    (SIGMA, "if i % 2 and not self.history", "if i % 2 and self.history"),
+    (SIGMA, "(1 - w) * i + w * (i + 1)", "(1 - w) * i + w * i"),
+    (SIGMA, "(most**2 + 1) ** 0.5 if", "(most**2) ** 0.5 if"),
+    (SIGMA, "least + _beta_quantiles(n)", "most + _beta_quantiles(n)"),
+    (SIGMA, "self.begin_index if self.step_index is None else", "self.step_index if self.begin_index is None else"),
+    (SIGMA, "rho: float = 7.0", "rho: float = 6.0"),
+    (HEUN, "if i % 2 == 0", "if i % 2 == 1"),
+    (HEUN, "(first + slope) / 2", "(first + slope) / 3"),
+    (HEUN, "(first + slope) / 2", "(first - slope) / 2"),
+    (HEUN, "self.sigmas[i - 1]", "self.sigmas[i + 1]"),
+    (HEUN, "self.history = (sample, slope)", "self.history = (x0, slope)"),
+    (HEUN, "self._bound(self._x0(model_output, sample, sigma))", "self._x0(model_output, sample, sigma)"),
+    (LMS, "self.history[len(self.history) > order :]", "self.history[len(self.history) > 4 :]"),
+    (LMS, "min(order, i + 1)", "min(order, len(self.history))"),
+    (LMS, "min(order, i + 1)", "min(order, i)"),
+    (LMS, "reversed(self.history)", "self.history"),
+    (LMS, "1 / (powers + 1)", "1 / (powers + 2)"),
+    (LMS, "- sigma) / h", "+ sigma) / h"),
+    (LMS, "[sigma, *reversed(nodes)]", "[sigma, *nodes]"),
+    (KDPM2, "levels[:-1].log(), 0.5)", "levels[:-1].log(), 0.4)"),
+    (KDPM2, "np.float32", "np.float64"),
+    (KDPM2, "self.middles[i // 2] if i % 2", "self.sigmas[i] if i % 2"),
+    (KDPM2, "slope * (middle - sigma)", "slope * (end - sigma)"),
+    (KDPM2, "slope * (end - sigma)", "slope * (middle - sigma)"),
+    (KDPM2, "self.sigmas[i - i % 2]", "self.sigmas[i]"),
+    (KDPM2, "rounded = True", "rounded = False"),
+    (KDPM2_ANCESTRAL, "noise * self.ups", "noise * self.ends"),
+    (KDPM2_ANCESTRAL, "if i % 2:", "if i % 2 == 0:"),
+    (KDPM2_ANCESTRAL, "self.ends > 0, middles, levels[1:]", "self.ends > 0, middles, levels[:-1]"),
+    (KDPM2_ANCESTRAL, "0.5).exp()", "0.6).exp()"),
     # names
     (RULES, "(ours, hub) for hub, ours in rows", "(hub, ours) for hub, ours in rows"),
     (RULES, "self._modern(name) or name", "name"),
@@ -125,7 +177,7 @@ def survives(mutant, folder):
         os.dup2(out, 2)
         import pytest
 
-        tests = TABLES if mutant[0].startswith("weights_compat") else SCHEDULERS
+        tests = TABLES if mutant[0].startswith("weights_compat") else VE_TESTS if mutant[0] in VE else SCHEDULERS
         options = ["-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(folder)]
         os._exit(pytest.main([*options, str(folder / tests)]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

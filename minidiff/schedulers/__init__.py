@@ -7,6 +7,11 @@ from .euler import EulerDiscreteScheduler
 from .flow_match_euler import FlowMatchEulerDiscreteScheduler
 from .karras_ve import KarrasVeScheduler
 from .lcm import LCMScheduler
+from .euler_ancestral import EulerAncestralDiscreteScheduler
+from .heun import HeunDiscreteScheduler
+from .kdpm2 import KDPM2DiscreteScheduler
+from .kdpm2_ancestral import KDPM2AncestralDiscreteScheduler
+from .lms import LMSDiscreteScheduler
 from .pndm import PNDMScheduler
 from .repaint import RePaintScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
@@ -24,4 +29,13 @@ __all__ = [
     "RePaintScheduler",
     "ScoreSdeVeScheduler",
     "TCDScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
 ]

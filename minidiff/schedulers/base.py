@@ -166,8 +166,12 @@ class Sampler(Configured, abstract=True):
 
     def _place(self, timestep: float | Tensor) -> int:
         """Where the run stands. It begins at `begin_index`, else at the timestep given first, and is counted on."""
-        if self.step_index is None:
-            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+        if self.step_index is None and self.begin_index is None:
+            # The first timestep may stand twice, where levels are above the training's or timesteps are rounded. The
+            # reference begins at the second place then, and fails one step before the end.
+            self.step_index = 0 if timestep == self.timesteps[0] else self.index_for_timestep(timestep)
+        elif self.step_index is None:
+            self.step_index = self.begin_index
         if not 0 <= self.step_index < len(self.timesteps):
             n = len(self.timesteps)
             raise ValueError(f"step {self.step_index + 1} of {n}: the run is over, call set_timesteps for a new one")

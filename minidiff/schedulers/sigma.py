@@ -192,8 +192,6 @@ class TwoStageScheduler(SigmaScheduler, abstract=True):
 
     def _place(self, timestep: float | Tensor) -> int:
         """A run that begins midway begins where an interval does: of two equal timesteps that is the second one."""
-        if self.step_index is None and self.begin_index is None and timestep == self.timesteps[0]:
-            self.step_index = 0  # a grid of whole timesteps may hold its first one twice
         i = super()._place(timestep)
         if i % 2 and not self.history:
             raise ValueError(f"the run begins at place {i}, between the two stages of an interval: take an even place")
