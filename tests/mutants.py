@@ -30,7 +30,8 @@ DISTILLED, LCM, TCD, INVERSE, REPAINT, KARRAS_VE, SDE_VE, FLOW = OTHERS = tuple(
     f"minidiff/schedulers/{name}.py"
     for name in ("distilled", "lcm", "tcd", "ddim_inverse", "repaint", "karras_ve", "score_sde_ve", "flow_match_euler")
 )
-TESTS = dict.fromkeys(VE, [VE_TESTS]) | dict.fromkeys(OTHERS, ["tests/test_other_samplers.py"])
+OTHER_TESTS = "tests/test_other_samplers.py"
+TESTS = {file: [VE_TESTS] for file in VE} | {file: [OTHER_TESTS] for file in OTHERS}
 
 # File, the code, and what it becomes. The code must stand there once.
 MUTANTS = [
@@ -93,7 +94,11 @@ MUTANTS = [
     # the other samplers, and what they brought to the base
     (BASE, "if self.alphas_cumprod[t] == 0", "if self.alphas_cumprod[t] == 1"),
     (BASE, 'and not c.own("thresholding")', 'or c.own("thresholding")'),
-    (BASE, "torch.promote_types(sample.dtype, torch.float32)\n", "sample.dtype\n"),
+    (
+        BASE,
+        "levels_at(timesteps, torch.promote_types(sample.dtype, torch.float32))",
+        "levels_at(timesteps, sample.dtype)",
+    ),
     (BASE, "self.begin_index if self.step_index is None else self", "self.begin_index if True else self"),
     (LCM, "c_out * x0 + c_skip * sample", "c_out * x0 - c_skip * sample"),
     (LCM, "if i + 1 < len(self.grid) else t", "if i + 1 < len(self.grid) else 0"),
@@ -110,7 +115,7 @@ MUTANTS = [
     (TCD, "np.arange(int(len(self) * strength))", "np.arange(int(len(self) * strength)) + 1"),
     (INVERSE, "self._alpha_bar(t - stride), self._alpha_bar(t)", "self._alpha_bar(t), self._alpha_bar(t - stride)"),
     (INVERSE, "(1 - alpha_bar_next) ** 0.5 * eps", "(1 - alpha_bar) ** 0.5 * eps"),
-    (INVERSE, "stride < 0 and", "stride < 0 or"),
+    (INVERSE, "< 0 and self.final", "< 0 or self.final"),
     (REPAINT, "mask * known + (1.0 - mask) * painted", "(1.0 - mask) * known + mask * painted"),
     (REPAINT, '"jump_n_sample") - 1)', '"jump_n_sample"))'),
     (REPAINT, "range(0, n - jump, jump)", "range(0, n, jump)"),
@@ -232,7 +237,7 @@ def survives(mutant, folder):
         os.dup2(out, 2)
         import pytest
 
-        default = [TABLES] if mutant[0].startswith("weights_compat") else [SCHEDULERS, "tests/test_other_samplers.py"]
+        default = [TABLES] if mutant[0].startswith("weights_compat") else [SCHEDULERS, OTHER_TESTS]
         tests = TESTS.get(mutant[0], default)
         options = ["-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(folder)]
         os._exit(pytest.main([*options, *(str(folder / name) for name in tests)]))
