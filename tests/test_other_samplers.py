@@ -184,6 +184,26 @@ def test_zero_terminal_snr_with_eps_is_an_error_before_the_run(name):
         m.PNDMScheduler(trained_betas=[1.0] * 1000, prediction_type="v_prediction").set_timesteps(5)
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "RePaintScheduler"])
+def test_a_level_without_noise_is_an_error_before_the_run(name):
+    """The reference divides 0 by 0 in the last step."""
+    rest = {"PNDMScheduler": {"skip_prk_steps": True}}.get(name, {"clip_sample": False})
+    reference, x = getattr(diffusers, name)(**rest, beta_start=0.0), torch.randn(1, 3, 2, 2)
+    reference.set_timesteps(10)
+    more = (x, x) if name == "RePaintScheduler" else ()
+    for t in reference.timesteps:
+        out = reference.step(x, t, x, *more).prev_sample
+    assert out.isnan().all()
+    for betas, error in (
+        ({"beta_start": 0.0}, "alpha_bar is 1 at timestep 0, free of noise"),
+        ({"trained_betas": [1.0] * 1000}, "alpha_bar is 0 at timestep 900, all noise"),
+    ):
+        scheduler = getattr(m, name)(**rest, **betas)
+        with pytest.raises(ValueError, match=error):
+            scheduler.set_timesteps(10)
+        assert scheduler.num_inference_steps is None
+
+
 # DDIM backwards
 
 

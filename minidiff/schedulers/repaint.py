@@ -60,7 +60,10 @@ class RePaintScheduler(Scheduler):
                 jumps[level] -= 1
                 grid += range(level + 1, level + jump + 1)
                 level += jump
-        self._begin(np.array(grid) * (len(self) // n), device)
+        timesteps = np.array(grid) * (len(self) // n)
+        self._check_signal(timesteps, always=True)
+        self._check_noise(timesteps)
+        self._begin(timesteps, device)
         self.num_inference_steps = n
 
     def step(
