@@ -271,8 +271,8 @@ class Scheduler(Sampler, abstract=True):
                 if self.alphas_cumprod[t] == 0:
                     raise ValueError(
                         f"alpha_bar is 0 at timestep {t}, all noise, and {type(self).__name__} divides by it with "
-                        f"prediction_type={c.get('prediction_type', 'epsilon')!r}: zero terminal SNR (rescale_betas_zero_snr) needs "
-                        "a model of 'v_prediction' and a sampler that has the key"
+                        f"prediction_type={c.get('prediction_type', 'epsilon')!r}: zero terminal SNR "
+                        "(rescale_betas_zero_snr) needs a model of 'v_prediction' and a sampler that has the key"
                     )
 
     def _check_noise(self, timesteps: Sequence[int] | np.ndarray) -> None:
