@@ -325,7 +325,7 @@ def reference_class(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_signatures_and_configs_are_the_references(name):
+def test_signatures_and_configs_are_the_references(name, tmp_path):
     ours, reference = getattr(m, name), reference_class(name)
     parameters, expected = (inspect.signature(cls).parameters for cls in (ours, reference))
     expected = {key: value for key, value in expected.items() if key != "kwargs"}
@@ -341,7 +341,11 @@ def test_signatures_and_configs_are_the_references(name):
         else:
             assert not hasattr(ours, method) or method == "previous_timestep"
     saved = {key: value for key, value in reference().config.items() if not key.startswith("_")}
-    assert dict(ours.from_config(saved).config) == saved == dict(ours().config)
+    reference().save_pretrained(tmp_path / "theirs")
+    ours.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    again = reference.from_pretrained(tmp_path / "ours").config
+    assert {key: value for key, value in again.items() if not key.startswith("_")} == saved
+    assert dict(ours.from_pretrained(tmp_path / "ours").config) == saved == dict(ours().config)
     assert ours().order == reference().order
     assert bool(ours.own_loop) == (name in OWN_LOOP)
 
