@@ -267,14 +267,20 @@ class Scheduler(Sampler, abstract=True):
         """Raises a ValueError where a step would divide by an alpha_bar of 0: for x0 from eps, or `always`."""
         c = self.config
         bounded = c.own("clip_sample") and not c.own("thresholding")  # clipping makes a number of the infinite
-        if always or (c.prediction_type == "epsilon" and not bounded):
+        if always or (c.own("prediction_type") == "epsilon" and not bounded):
             for t in timesteps:
                 if self.alphas_cumprod[t] == 0:
                     raise ValueError(
                         f"alpha_bar is 0 at timestep {t}, all noise, and {type(self).__name__} divides by it with "
-                        f"prediction_type={c.prediction_type!r}: zero terminal SNR (rescale_betas_zero_snr) needs "
-                        "a model of 'v_prediction' and a sampler that has the key"
+                        f"prediction_type={c.get('prediction_type', 'epsilon')!r}: zero terminal SNR "
+                        "(rescale_betas_zero_snr) needs a model of 'v_prediction' and a sampler that has the key"
                     )
+
+    def _check_noise(self, timesteps: Sequence[int] | np.ndarray) -> None:
+        """Raises a ValueError where a step would take away noise that isn't there, and divide 0 by 0."""
+        for t in timesteps:
+            if self.alphas_cumprod[t] == 1:
+                raise ValueError(f"alpha_bar is 1 at timestep {t}, free of noise: beta_start must be more than 0")
 
     # Noise
 
@@ -329,9 +335,9 @@ class Scheduler(Sampler, abstract=True):
     def _stride(self) -> int:
         """The distance of two timesteps, once `set_timesteps` has been called.
 
-        That of the grid itself is another for `trailing`, `linspace` and numbers that don't divide T. Right would be
-        the way to the next timestep; the reference steps by T // n all the same, and more steps then don't converge to
-        the exact solution.
+        That of the grid itself is another for `trailing` and `linspace`, where n doesn't divide T, and right would be
+        the way to the next timestep. The reference steps by T // n all the same, so that more steps don't converge to
+        the exact solution: of 1000 timesteps, 600 steps of 1 in place of 1.67 are off by 0.61, 200 steps by 0.015.
         """
         return len(self) // self._planned()
 

@@ -37,6 +37,7 @@ class DDIMScheduler(Scheduler):
         """Plans `num_inference_steps` steps, at most `num_train_timesteps`."""
         grid = self._spaced(num_inference_steps).round().astype("int64")
         self._check_signal(grid)
+        self._check_noise(grid)
         self._begin(grid, device)
         self.num_inference_steps = len(self.timesteps)
 

@@ -44,7 +44,7 @@ class RePaintScheduler(Scheduler):
         jump_n_sample: int = 10,
         device: torch.device | str | None = None,
     ) -> None:
-        """Plans `num_inference_steps` levels. Each `jump_length` of them but the first are walked `jump_n_sample` times.
+        """Plans `num_inference_steps` levels: each `jump_length` of them is walked `jump_n_sample` times, all in all.
 
         Where `timesteps` rise, `undo_step` is due in place of `step`.
         """
@@ -60,7 +60,10 @@ class RePaintScheduler(Scheduler):
                 jumps[level] -= 1
                 grid += range(level + 1, level + jump + 1)
                 level += jump
-        self._begin(np.array(grid) * (len(self) // n), device)
+        timesteps = np.array(grid) * (len(self) // n)
+        self._check_signal(timesteps, always=True)
+        self._check_noise(timesteps)
+        self._begin(timesteps, device)
         self.num_inference_steps = n
 
     def step(
