@@ -148,24 +148,25 @@ def is_number(name, config, n):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_steps_as_the_reference(name, monkeypatch):
-    """Measured: the same bits. 2e-7 for LMS, with the reference's weights made exact."""
+    """Measured: the same bits, for LMS once the reference's weights are made exact."""
     exact_lms(monkeypatch)
     compared = 0
     for config, n in sampled(name, 40):
         if is_number(name, config, n):
             grid = compare_grid(name, config, {"num_inference_steps": n})[0].timesteps.tolist()
-            compare_run(name, config, n, by_index=grid.count(grid[0]) > 1)  # where the reference would begin later
+            by_index = grid.count(grid[0]) > 1  # where the reference would begin later
+            assert compare_run(name, config, n, by_index=by_index) == 0
             compared += 1
     assert compared >= 25
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_long_runs(name, monkeypatch):
-    """Measured: the same bits. For LMS, the first steps, some midway and the last ones: 2e-7."""
+    """Measured: the same bits. Of LMS the first steps, some midway, and the last ones."""
     exact_lms(monkeypatch)
     config = STABLE_DIFFUSION | ({} if name == ANCESTRAL else KARRAS)
     for begin, end in ((0, 20), (500, 520), (980, 999)) if name == LMS else ((0, None),):
-        assert compare_run(name, config, 999, begin=begin, end=end, by_index=True) == 0 or name == LMS
+        assert compare_run(name, config, 999, begin=begin, end=end, by_index=True) == 0
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -188,7 +189,7 @@ def test_lms_weights_are_exact_and_the_references_nearly(grid):
 
 @pytest.mark.parametrize("order", (1, 2, 3, 4, 5))
 def test_lms_with_the_references_own_weights(order):
-    """Measured: 6e-7."""
+    """Measured: 9e-8. (On a beta grid, over `trailing` timesteps, a step of ten differs by 1.2e-6.)"""
     for grid in GRIDS[:2]:
         for n in (1, 3, 10):
             compare_run(LMS, STABLE_DIFFUSION | grid, n, order=order)
@@ -208,13 +209,13 @@ def test_lms_of_another_order_in_each_step():
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision(name, dtype, monkeypatch):
-    """The same roundings in the same order: the same bits, but one unit in the last place for LMS."""
+    """The same roundings in the same order: the same bits."""
     exact_lms(monkeypatch)
     for grid in ({},) if name == ANCESTRAL else ({}, KARRAS):
         for prediction_type in SAID:
             config = STABLE_DIFFUSION | grid | {"prediction_type": prediction_type} | SMALL[name]
             worst = compare_run(name, config, 10, dtype=dtype, bound=2 * torch.finfo(dtype).eps)
-            assert worst == 0 or name == LMS
+            assert worst == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -261,7 +262,7 @@ def test_custom_timesteps(name):
     with pytest.raises(ValueError, match="in descending order"):
         getattr(m, name)().set_timesteps(timesteps=[1, 2])
     for plan in ({}, {"num_inference_steps": 3, "timesteps": CUSTOM}):
-        with pytest.raises(ValueError, match="give one of num_inference_steps, timesteps"):
+        with pytest.raises(ValueError, match=r"give one of num_inference_steps, timesteps(, sigmas)?, and"):
             getattr(m, name)().set_timesteps(**plan)
 
 
@@ -454,7 +455,7 @@ def test_lms_has_its_order_until_its_start_shows(order, data, measured):
 @pytest.mark.parametrize("data", (Gaussian(), Mixture()), ids=("gaussian", "mixture"))
 @pytest.mark.parametrize("order", (2, 3, 4))
 def test_lms_with_an_exact_start_has_its_order(order, data):
-    """Measured: 1.99 and 1.99, 2.97 and 2.99, 3.95 and 3.97 (Gaussian and mixture)."""
+    """Measured: 1.99 and 1.99, 2.98 and 2.99, 3.96 and 4.00 (Gaussian and mixture)."""
     errors = []
     for n in (200, 400):
         scheduler = exactly(planned(LMS, n, **STABLE_DIFFUSION, **KARRAS))
@@ -588,7 +589,7 @@ def test_ancestral_samplers_have_a_points_moments_at_every_level(name, monkeypat
 
 @pytest.mark.parametrize(("name", "order"), ((ANCESTRAL, 1), (KDPM2_ANCESTRAL, 2)))
 def test_an_ancestral_runs_variance_falls_to_the_datas_with_its_order(name, order, monkeypatch):
-    """Measured: 1.00 and 2.00, a fifth of the timesteps before the end: the last levels are far from evenly spaced."""
+    """Measured: 0.99 and 2.00, a fifth of the timesteps before the end: the last levels are far from evenly spaced."""
     errors = []
     for n in (25, 50, 100, 200, 400):
         moments, sigmas = moments_of_a_run(monkeypatch, name, n + 1, 0.25, **FINE)
