@@ -39,7 +39,7 @@ SPACINGS = (
 KARRAS, EXPONENTIAL = {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}
 GRIDS = ({}, KARRAS, EXPONENTIAL, {"use_beta_sigmas": True})
 SAID = ("epsilon", "v_prediction")
-SHORT = {"num_train_timesteps": 100, "beta_end": 0.2}  # the reference's KDPM2 needs a second to lay 1000 timesteps
+SHORT = {"num_train_timesteps": 100, "beta_end": 0.2}  # the reference needs up to a second to lay 1000
 SMALL = {name: SHORT if name.startswith("KDPM2") else {} for name in NAMES}
 BASE = {"betas": BETAS, "prediction_type": SAID, "spacing": SPACINGS}
 CONFIGS = {
@@ -58,8 +58,9 @@ CONFIGS = {
         "prediction_type": (*SAID, "sample"),
         "grid": GRIDS,
         "clip": ({}, {"clip_sample": True, "clip_sample_range": 0.7}),
+        "short": (SHORT,),
     },
-    LMS: BASE | {"prediction_type": (*SAID, "sample"), "grid": GRIDS},
+    LMS: BASE | {"prediction_type": (*SAID, "sample"), "grid": GRIDS, "short": (SHORT,)},
     KDPM2: BASE | {"grid": GRIDS, "short": (SHORT,)},
     KDPM2_ANCESTRAL: BASE | {"grid": GRIDS, "short": (SHORT,)},
 }
@@ -99,10 +100,17 @@ def test_signatures_are_the_references(name):
         assert mine == theirs, method
     keys = {p.name: p.default for p in inspect.signature(reference).parameters.values()}
     assert dict(ours().config) == keys
-    five = [p.name for p in inspect.signature(ours).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert five == list(keys)[:5]
-    assert ours(900, 0.001, 0.01, "scaled_linear").config.beta_schedule == "scaled_linear"
     assert ours.order == reference.order
+
+
+@pytest.mark.parametrize("name", (*NAMES, "DDPMScheduler", "DDIMScheduler", "PNDMScheduler"))
+def test_the_first_five_keys_may_stand_by_position(name):
+    """Also where a class has another default or hint for one of them."""
+    ours, reference = getattr(m, name), getattr(diffusers, name)
+    five = [p.name for p in inspect.signature(ours).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert five == list(inspect.signature(reference).parameters)[:5]
+    values = (3, 0.001, 0.01, "scaled_linear", (0.1, 0.2, 0.3))
+    assert tuple(ours(*values).config[key] for key in five) == values
 
 
 @functools.cache
@@ -147,24 +155,25 @@ def is_number(name, config, n):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_steps_as_the_reference(name, monkeypatch):
-    """Measured: the same bits. 2e-7 for LMS, with the reference's weights made exact."""
+    """Measured: the same bits, for LMS once the reference's weights are made exact."""
     exact_lms(monkeypatch)
     compared = 0
     for config, n in sampled(name, 40):
         if is_number(name, config, n):
             grid = compare_grid(name, config, {"num_inference_steps": n})[0].timesteps.tolist()
-            compare_run(name, config, n, by_index=grid.count(grid[0]) > 1)  # where the reference would begin later
+            by_index = grid.count(grid[0]) > 1  # where the reference would begin later
+            assert compare_run(name, config, n, by_index=by_index) == 0
             compared += 1
     assert compared >= 25
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_long_runs(name, monkeypatch):
-    """Measured: the same bits. For LMS, the first steps, some midway and the last ones: 2e-7."""
+    """Measured: the same bits. Of LMS the first steps, some midway, and the last ones."""
     exact_lms(monkeypatch)
     config = STABLE_DIFFUSION | ({} if name == ANCESTRAL else KARRAS)
     for begin, end in ((0, 20), (500, 520), (980, 999)) if name == LMS else ((0, None),):
-        assert compare_run(name, config, 999, begin=begin, end=end, by_index=True) == 0 or name == LMS
+        assert compare_run(name, config, 999, begin=begin, end=end, by_index=True) == 0
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -187,7 +196,7 @@ def test_lms_weights_are_exact_and_the_references_nearly(grid):
 
 @pytest.mark.parametrize("order", (1, 2, 3, 4, 5))
 def test_lms_with_the_references_own_weights(order):
-    """Measured: 6e-7."""
+    """Measured: 9e-8. (On a beta grid, over `trailing` timesteps, a step of ten differs by 1.2e-6.)"""
     for grid in GRIDS[:2]:
         for n in (1, 3, 10):
             compare_run(LMS, STABLE_DIFFUSION | grid, n, order=order)
@@ -207,13 +216,13 @@ def test_lms_of_another_order_in_each_step():
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision(name, dtype, monkeypatch):
-    """The same roundings in the same order: the same bits, but one unit in the last place for LMS."""
+    """The same roundings in the same order: the same bits."""
     exact_lms(monkeypatch)
     for grid in ({},) if name == ANCESTRAL else ({}, KARRAS):
         for prediction_type in SAID:
             config = STABLE_DIFFUSION | grid | {"prediction_type": prediction_type} | SMALL[name]
             worst = compare_run(name, config, 10, dtype=dtype, bound=2 * torch.finfo(dtype).eps)
-            assert worst == 0 or name == LMS
+            assert worst == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -260,7 +269,7 @@ def test_custom_timesteps(name):
     with pytest.raises(ValueError, match="in descending order"):
         getattr(m, name)().set_timesteps(timesteps=[1, 2])
     for plan in ({}, {"num_inference_steps": 3, "timesteps": CUSTOM}):
-        with pytest.raises(ValueError, match="give one of num_inference_steps, timesteps"):
+        with pytest.raises(ValueError, match=r"give one of num_inference_steps, timesteps(, sigmas)?, and"):
             getattr(m, name)().set_timesteps(**plan)
 
 
@@ -453,7 +462,7 @@ def test_lms_has_its_order_until_its_start_shows(order, data, measured):
 @pytest.mark.parametrize("data", (Gaussian(), Mixture()), ids=("gaussian", "mixture"))
 @pytest.mark.parametrize("order", (2, 3, 4))
 def test_lms_with_an_exact_start_has_its_order(order, data):
-    """Measured: 1.99 and 1.99, 2.97 and 2.99, 3.95 and 3.97 (Gaussian and mixture)."""
+    """Measured: 1.99 and 1.99, 2.98 and 2.99, 3.96 and 4.00 (Gaussian and mixture)."""
     errors = []
     for n in (200, 400):
         scheduler = exactly(planned(LMS, n, **STABLE_DIFFUSION, **KARRAS))
@@ -558,8 +567,8 @@ def test_clip_sample_bounds_heuns_x0():
 
 
 def moments_of_a_run(monkeypatch, name, n, variance, **config):
-    """Mean and variance at each level, for data N(1, variance), without drawing: an interval leads from x to a x + b + c z
-    with noise z, and three samples say which, begun from 0, 1 and 0 with noise 0, 0 and 1."""
+    """Mean and variance at each level, for data N(1, variance), without drawing. An interval leads from x and noise to
+    a x + b + c noise; three samples say which, begun from 0, 1 and 0 with noise 0, 0 and 1."""
     begins = torch.tensor([[0.0], [1.0], [0.0]], dtype=torch.float64)
     monkeypatch.setattr(euler_ancestral, "randn_tensor", lambda *_: torch.tensor([[0.0], [0.0], [1.0]]).double())
     monkeypatch.setattr(kdpm2_ancestral, "randn_tensor", lambda *_: torch.tensor([[0.0], [0.0], [1.0]]).double())
@@ -587,7 +596,7 @@ def test_ancestral_samplers_have_a_points_moments_at_every_level(name, monkeypat
 
 @pytest.mark.parametrize(("name", "order"), ((ANCESTRAL, 1), (KDPM2_ANCESTRAL, 2)))
 def test_an_ancestral_runs_variance_falls_to_the_datas_with_its_order(name, order, monkeypatch):
-    """Measured: 0.99 and 2.00. At a fifth from the end: the last levels of evenly spaced timesteps are far from evenly spaced themselves."""
+    """Measured: 0.99 and 2.00, a fifth of the timesteps before the end: the last levels are far from evenly spaced."""
     errors = []
     for n in (25, 50, 100, 200, 400):
         moments, sigmas = moments_of_a_run(monkeypatch, name, n + 1, 0.25, **FINE)
@@ -682,7 +691,7 @@ def test_devices_and_dtypes(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_go_through_other_samplers(name):
-    ours = getattr(m, name)(**STABLE_DIFFUSION, timestep_spacing="trailing")
+    ours = getattr(m, name)(**STABLE_DIFFUSION, num_train_timesteps=50, timestep_spacing="trailing")
     for other in NAMES:
         swapped = getattr(m, other).from_config(ours.config)
         assert dict(getattr(m, name).from_config(swapped.config).config) == dict(ours.config)

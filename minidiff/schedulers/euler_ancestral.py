@@ -36,8 +36,10 @@ class EulerAncestralDiscreteScheduler(SigmaScheduler):
     ) -> StepOutput | tuple:  # model_output, sample: (B, C, H, W)
         """From sigma to sigma', by way of sigma_down:
 
-        x' = x + (sigma_down - sigma) (x - x0) / sigma + sigma_up noise
-        sigma_up^2 = sigma'^2 (sigma^2 - sigma'^2) / sigma^2,  sigma_down^2 = sigma'^2 - sigma_up^2
+            x' = x + (sigma_down - sigma) (x - x0) / sigma + sigma_up noise
+            sigma_up^2 = sigma'^2 (sigma^2 - sigma'^2) / sigma^2,  sigma_down^2 = sigma'^2 - sigma_up^2
+
+        The last step, to 0, draws noise too, and gives it no weight.
         """
         i = self._enter(model_output, timestep, sample)
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]

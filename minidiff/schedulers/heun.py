@@ -25,7 +25,7 @@ class HeunDiscreteConfig(KarrasConfig):
 
 
 class HeunDiscreteScheduler(TwoStageScheduler):
-    """Second order: two model calls an interval, but for the last one, which ends at 0, where there is no slope."""
+    """Second order: two model calls an interval, but for the last one."""
 
     Config = HeunDiscreteConfig
 
@@ -49,8 +49,10 @@ class HeunDiscreteScheduler(TwoStageScheduler):
     ) -> StepOutput | tuple:  # model_output, sample: (B, C, H, W)
         """From sigma to sigma', first by Euler's step, then from the same x again with the mean of both ends' slopes:
 
-        slope = (x - x0) / sigma,  x' = x + (sigma' - sigma) slope
-        slope' = (x' - x0') / sigma',  x' = x + (sigma' - sigma) (slope + slope') / 2
+            slope = (x - x0) / sigma,        x' = x + (sigma' - sigma) slope
+            slope' = (x' - x0') / sigma',    x' = x + (sigma' - sigma) (slope + slope') / 2
+
+        The last interval has the first stage alone: at 0 there is no slope.
         """
         i = self._enter(model_output, timestep, sample)
         sigma = self.sigmas[i]

@@ -53,8 +53,10 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
     ) -> StepOutput | tuple:  # model_output, sample: (B, C, H, W)
         """From sigma to sigma', first to sigma_mid = sqrt(sigma sigma'), then from the same x again:
 
-        x_mid = x + (sigma_mid - sigma) (x - x0) / sigma
-        x' = x + (sigma' - sigma) (x_mid - x0_mid) / sigma_mid
+            x_mid = x + (sigma_mid - sigma) (x - x0) / sigma
+            x' = x + (sigma' - sigma) (x_mid - x0_mid) / sigma_mid
+
+        The last interval, whose middle is 0, has the first stage alone.
         """
         i = self._enter(model_output, timestep, sample)
         return self._leave(*self._stage(model_output, sample, i), return_dict)

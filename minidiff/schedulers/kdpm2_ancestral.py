@@ -30,8 +30,10 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     ) -> StepOutput | tuple:  # model_output, sample: (B, C, H, W)
         """From sigma to sigma_down as KDPM2 goes to sigma', with sigma_mid = sqrt(sigma sigma_down), and back:
 
-        x_mid = x + (sigma_mid - sigma) (x - x0) / sigma
-        x' = x + (sigma_down - sigma) (x_mid - x0_mid) / sigma_mid + sigma_up noise
+            x_mid = x + (sigma_mid - sigma) (x - x0) / sigma
+            x' = x + (sigma_down - sigma) (x_mid - x0_mid) / sigma_mid + sigma_up noise
+
+        The last interval, whose middle is 0, has the first stage alone, and no noise.
         """
         i = self._enter(model_output, timestep, sample)
         x, x0 = self._stage(model_output, sample, i)

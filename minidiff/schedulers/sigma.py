@@ -5,6 +5,7 @@ divided by sqrt(sigma^2 + 1), which is the VP reading. The solvers (DPM-Solver, 
 x = alpha x0 + sigma eps, and count in lambda = log(alpha) - log(sigma), half the log of the signal-to-noise ratio.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class SigmaScheduler(Scheduler, abstract=True):
         """`set_timesteps` of every sampler: a number of steps, or the timesteps, or the sigmas with the last one."""
         given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         if sum(value is not None for value in given.values()) != 1:
-            raise ValueError(f"give one of {', '.join(given)}, and not more")
+            names = [name for name in given if name in inspect.signature(self.set_timesteps).parameters]
+            raise ValueError(f"give one of {', '.join(names)}, and not more")
         if sigmas is not None:
             levels = descending(sigmas, "sigmas", least=0, count=2).astype(np.float32)
             grid, last = (self._timesteps_of(levels[:-1]), levels[:-1]), levels[-1]
