@@ -15,6 +15,7 @@ from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeli
 from .schedulers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
@@ -33,6 +34,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
     "EulerDiscreteScheduler",

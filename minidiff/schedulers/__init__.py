@@ -2,6 +2,7 @@
 
 from .ddim import DDIMScheduler
 from .ddpm import DDPMScheduler
+from .deis import DEISMultistepScheduler
 from .dpm_solver import DPMSolverMultistepScheduler
 from .euler import EulerDiscreteScheduler
 from .pndm import PNDMScheduler
@@ -10,6 +11,7 @@ from .unipc import UniPCMultistepScheduler
 __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
+    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
     "PNDMScheduler",

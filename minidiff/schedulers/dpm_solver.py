@@ -108,7 +108,8 @@ class DPMSolver(SolverScheduler, abstract=True):
 
     def _check_levels(self) -> None:
         super()._check_levels()
-        if self.config.algorithm_type.startswith("sde") and self.sigmas[-1] > self.sigmas[-2]:
+        n = len(self.timesteps)
+        if self.config.algorithm_type.startswith("sde") and self._point(n)[2] < self._point(n - 1)[2]:
             raise ValueError(
                 f"the last step goes up, from sigma {self.sigmas[-2]:.8g} to {self.sigmas[-1]:.8g}, where no noise is "
                 "to be added: set final_sigmas_type='zero', or take fewer steps"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import SchedulerOutput, Spacing
-from .sigma import GRIDS, descending, karras
+from .sigma import descending, karras
 from .solver import SolverConfig, SolverScheduler
 
 
@@ -92,8 +92,7 @@ class UniPCMultistepScheduler(SolverScheduler):
 
     def _last_sigma(self, sigmas: np.ndarray) -> float:
         """`sigma_min` is a spaced grid's own last level: the last step then stays where it is."""
-        spaced = any(self.config.own(key) for key in (*GRIDS, "use_flow_sigmas"))
-        own = spaced and self.config.final_sigmas_type == "sigma_min"
+        own = self._spaced_in_sigma() and self.config.final_sigmas_type == "sigma_min"
         return sigmas[-1] if own else super()._last_sigma(sigmas)
 
     def _order(self, i: int, known: int) -> int:
