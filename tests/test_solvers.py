@@ -5,14 +5,12 @@ import inspect
 import json
 import math
 import random
-import warnings
 from dataclasses import fields
-from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
-from sampler_parity import STABLE_DIFFUSION, compare_grid, compare_run, product
+from sampler_parity import STABLE_DIFFUSION, compare_run, product
 from test_properties_schedulers import Gaussian, Mixture
 
 import minidiff as m
@@ -80,7 +78,7 @@ def reference_has_numbers(name, config, n):
         sample = torch.ones(1, 3, 2, 2)
         for t in scheduler.timesteps:
             sample = scheduler.step(0.5 * sample, t, sample).prev_sample
-    except (ValueError, UnboundLocalError):
+    except (ValueError, UnboundLocalError, RuntimeError):
         return False
     return bool(sample.isfinite().all())
 
@@ -267,6 +265,9 @@ def test_folders_of_any_solver_load_as_any_other(name, tmp_path):
     for other in NAMES:
         getattr(diffusers, other)(solver_order=3, use_karras_sigmas=True).save_pretrained(tmp_path / other)
         ours = getattr(m, name).from_pretrained(tmp_path / other)
+        if (name[:3], other[:4]) == ("DPM", "DEIS"):  # the reference asks for sigma_min before it renames "deis"
+            assert ours.config.algorithm_type == "dpmsolver++" and ours.config.solver_type == "midpoint"
+            continue
         reference = getattr(diffusers, name).from_pretrained(tmp_path / other)
         for field in fields(ours.Config):
             got, want = ours.config[field.name], reference.config[field.name]
@@ -322,8 +323,8 @@ def error(scheduler, data, n):
     return (x - data.flow(start, alpha_bar_at(lambdas[0]), alpha_bar_at(LAST))).abs().max().item()
 
 
-def order_of(scheduler, data, steps=(40, 80)):
-    return math.log2(math.prod((error(scheduler, data, steps[0]), 1 / error(scheduler, data, steps[1]))))
+def order_of(scheduler, data, steps=(160, 320)):
+    return math.log2(error(scheduler, data, steps[0]) / error(scheduler, data, steps[1]))
 
 
 OPEN = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
@@ -340,7 +341,7 @@ ORDERS = [
         for solver in ("bh1", "bh2")
         for predict_x0 in (True, False)
     ),
-    *(("UniPCMultistepScheduler", {"solver_order": p, "disable_corrector": tuple(range(200))}, p) for p in (1, 2, 3)),
+    *(("UniPCMultistepScheduler", {"solver_order": p, "disable_corrector": tuple(range(400))}, p) for p in (1, 2, 3)),
     *(("DEISMultistepScheduler", {"solver_order": p}, p) for p in (1, 2, 3)),
 ]
 

@@ -43,6 +43,10 @@ class DEISMultistepScheduler(SolverScheduler):
         """A grid that is spaced in sigma stays at its own last level in the last step."""
         return sigmas[-1] if self._spaced_in_sigma() else self.table[0]
 
+    def _clock(self, i: int) -> Tensor:
+        alpha, sigma, _ = self._point(i)
+        return np.log((sigma / alpha).numpy())
+
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple:  # model_output, sample: (B, C, H, W)
@@ -75,8 +79,8 @@ class DEISMultistepScheduler(SolverScheduler):
 
 def antiderivative(t: Tensor, node: Tensor, others: list[Tensor]) -> Tensor:
     """Of the polynomial in log(rho) that is 1 at `node` and 0 at one or two `others`, at rho = t."""
-    # NumPy's float32 logarithm and torch's differ in the last bit, which order 3 makes 1e-5 of the sample in short steps
-    log_t, log_node, *logs = [np.log(one) for one in (t, node, *others)]
+    # The float32 logarithms of NumPy and torch differ in the last bit, and short steps of order 3 by 1e-5 with them.
+    log_t, log_node, *logs = [torch.as_tensor(np.log(one.numpy())) for one in (t, node, *others)]
     if len(logs) == 1:
         (c,) = logs
         return t * (-c + log_t - 1) / (log_node - c)

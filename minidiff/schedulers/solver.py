@@ -129,8 +129,8 @@ class SolverScheduler(SigmaScheduler, abstract=True):
 
     def _check_levels(self) -> None:
         """Raises a ValueError where a step would divide by the length of an interval that has none, or is endless."""
-        n, levels = len(self.timesteps), self.sigmas.tolist()
-        if self.config.solver_order > 1 and len(set(levels[:-1])) < n:
+        n = len(self.timesteps)
+        if self.config.solver_order > 1 and len({float(self._clock(i)) for i in range(n)}) < n:
             raise ValueError(
                 f"num_inference_steps={n} asks for equal levels of noise, between which solver_order="
                 f"{self.config.solver_order} divides by 0: take fewer steps, or solver_order=1"
@@ -138,7 +138,7 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         order = self._order(n - 1, n)
         if self._point(n - 1)[2] == self._point(n)[2] and order > self._order_at_rest():
             raise ValueError(
-                f"the last step ends where it begins, at sigma {levels[-1]:.3g}, and order {order} divides by 0 there: "
+                f"the last step ends where it begins, at sigma {self.sigmas[-1]:.3g}, and order {order} divides by 0 there: "
                 "set final_sigmas_type='zero', or lower_order_final (with fewer than 15 steps), or a lower solver_order"
             )
 
@@ -150,6 +150,10 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         if left == 1 and (short or c.own("euler_at_final") or c.own("final_sigmas_type") == "zero"):
             return 1
         return min(c.solver_order, known, 2 if left == 2 and short else 3)
+
+    def _clock(self, i: int) -> Tensor:
+        """The variable of the polynomials, at place i of the grid."""
+        return self._point(i)[2]
 
     def _order_at_rest(self) -> int:
         """The highest order at which a last step that ends where it begins still has a number."""
