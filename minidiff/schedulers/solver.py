@@ -138,7 +138,7 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         order = self._order(n - 1, n)
         if self._point(n - 1)[2] == self._point(n)[2] and order > self._order_at_rest():
             raise ValueError(
-                f"the last step ends where it begins, at sigma {self.sigmas[-1]:.3g}, and order {order} divides by 0 there: "
+                f"the last step ends where it begins, at sigma {self.sigmas[-1]:.3g}, and order {order} divides by 0: "
                 "set final_sigmas_type='zero', or lower_order_final (with fewer than 15 steps), or a lower solver_order"
             )
 
