@@ -19,6 +19,8 @@ SCHEDULERS, TABLES = "tests/test_properties_schedulers.py", "tests/test_properti
 BASE, SCHEDULE, DDIM, DDPM, PNDM = (
     f"minidiff/schedulers/{name}.py" for name in ("base", "schedule", "ddim", "ddpm", "pndm")
 )
+SOLVER, DPM, UNIPC, DEIS = (f"minidiff/schedulers/{name}.py" for name in ("solver", "dpm_solver", "unipc", "deis"))
+BASE, DDIM, DDPM, PNDM = (f"minidiff/schedulers/{name}.py" for name in ("base", "ddim", "ddpm", "pndm"))
 RULES, UNET, VAE, CLIP = (f"weights_compat/{name}.py" for name in ("rules", "unet", "vae", "clip"))
 
 SIGMA, EULER, ANCESTRAL, HEUN, LMS, KDPM2, KDPM2_ANCESTRAL = VE = tuple(
@@ -88,6 +90,21 @@ MUTANTS = [
     (PNDM, "(23, -16, 5), 12", "(23, -16, 6), 12"),
     (PNDM, "(55, -59, 37, -9), 24", "(55, -59, 37, -9), 25"),
     (PNDM, "(1 / 6, 1 / 3, 1 / 3, 1 / 6)", "(1 / 6, 1 / 3, 1 / 6, 1 / 3)"),
+    # solvers
+    (SOLVER, "sigma / sigma_s, alpha, -h", "sigma / sigma_s, alpha, h"),
+    (SOLVER, "2 if left == 2 and short", "2 if left == 1 and short"),
+    (SOLVER, "shift * levels / (1 +", "shift * levels / (2 +"),
+    (SOLVER, "alpha * predicted + sigma * sample", "alpha * predicted - sigma * sample"),
+    (DPM, "grown / z - 1, (grown", "grown / z + 1, (grown"),
+    (DPM, "slope + r0 * bend", "slope - r0 * bend"),
+    (DPM, "weights[1] = grown / 2", "weights[1] = grown"),
+    (DPM, "/ z**2 + 0.5", "/ z**2 - 0.5"),
+    (DPM, "scale, deviation = 2 * scale", "scale, deviation = 1 * scale"),
+    (UNIPC, "factorial *= j + 1", "factorial *= j"),
+    (UNIPC, "range(1, order)]", "range(0, order - 1)]"),
+    (UNIPC, "levels[0] -= 1e-6", "levels[0] -= 2e-6"),
+    (DEIS, "rho[k + 1 :] + rho[1:k]", "rho[1:k] + rho[k + 1 :]"),
+    (DEIS, "t * (-c + log_t - 1)", "t * (-c + log_t + 1)"),
     # state that isn't cleared
     (PNDM, "        self.counter = 0  # of calls to step", "        self.counter = getattr(self, 'counter', 0)"),
     (BASE, "self.history: tuple[Tensor, ...] = ()", "self.history = getattr(self, 'history', ())"),
@@ -239,6 +256,8 @@ def survives(mutant, folder):
 
         default = [TABLES] if mutant[0].startswith("weights_compat") else [SCHEDULERS, OTHER_TESTS]
         tests = TESTS.get(mutant[0], default)
+        tests = TABLES if mutant[0].startswith("weights_compat") else SCHEDULERS
+        tests = "tests/test_solvers.py" if mutant[0] in (SOLVER, DPM, UNIPC, DEIS) else tests
         options = ["-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(folder)]
         os._exit(pytest.main([*options, *(str(folder / name) for name in tests)]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,6 +1,7 @@
 """DPM-Solver++ (Lu et al., arXiv 2211.01095), its noise-predicting forerunner (arXiv 2206.00927), and their SDEs."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -108,7 +109,8 @@ class DPMSolver(SolverScheduler, abstract=True):
 
     def _check_levels(self) -> None:
         super()._check_levels()
-        if self.config.algorithm_type.startswith("sde") and self.sigmas[-1] > self.sigmas[-2]:
+        n = len(self.timesteps)
+        if self.config.algorithm_type.startswith("sde") and self._point(n)[2] < self._point(n - 1)[2]:
             raise ValueError(
                 f"the last step goes up, from sigma {self.sigmas[-2]:.8g} to {self.sigmas[-1]:.8g}, where no noise is "
                 "to be added: set final_sigmas_type='zero', or take fewer steps"
@@ -152,8 +154,10 @@ class DPMSolverMultistepScheduler(DPMSolver):
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         self.history = (*self.history, self._read(predicted, x, i))[-self.config.solver_order :]
 
-        noise = variance_noise
-        if noise is None and self.config.algorithm_type.startswith("sde"):
+        noise, sde = variance_noise, self.config.algorithm_type.startswith("sde")
+        if noise is not None and not sde:
+            warnings.warn(f"variance_noise has no effect: {self.config.algorithm_type} adds none", stacklevel=2)
+        if noise is None and sde:
             noise = randn_tensor(predicted.shape, generator, predicted.device, torch.float32)
         D = self._differences(i, self._order(i, len(self.history)))
         x = self._advance(x, i, i + 1, D, noise)

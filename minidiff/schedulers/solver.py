@@ -95,7 +95,7 @@ class SolverScheduler(SigmaScheduler, abstract=True):
     ) -> np.ndarray:
         """Whole timesteps. Those with lambda below `lambda_min_clipped`, nearly all noise, are left out."""
         least, T = self.config.own("lambda_min_clipped", -math.inf), len(self)
-        if any(self.config.own(key) for key in (*GRIDS, "use_flow_sigmas")) or least == -math.inf:
+        if self._spaced_in_sigma() or least == -math.inf:
             return super()._spaced(num_inference_steps, offset, spare).round()
         lambdas = self.alphas_cumprod.sqrt().log() - (1 - self.alphas_cumprod).sqrt().log()
         total = int((lambdas >= least).sum())
@@ -106,6 +106,9 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         if self.config.own("timestep_spacing") == "trailing":  # the stride stays, and so there are fewer steps
             return np.arange(total, 0, -T / len(super()._spaced(num_inference_steps))).round() - 1
         return super()._spaced(num_inference_steps, offset, spare, total).round()
+
+    def _spaced_in_sigma(self) -> bool:
+        return any(self.config.own(key) for key in (*GRIDS, "use_flow_sigmas"))
 
     def _given(self, timesteps: Any) -> np.ndarray:
         return np.trunc(super()._given(timesteps))
@@ -126,16 +129,16 @@ class SolverScheduler(SigmaScheduler, abstract=True):
 
     def _check_levels(self) -> None:
         """Raises a ValueError where a step would divide by the length of an interval that has none, or is endless."""
-        n, levels = len(self.timesteps), self.sigmas.tolist()
-        if self.config.solver_order > 1 and len(set(levels[:-1])) < n:
+        n = len(self.timesteps)
+        if self.config.solver_order > 1 and len({float(self._clock(i)) for i in range(n)}) < n:
             raise ValueError(
                 f"num_inference_steps={n} asks for equal levels of noise, between which solver_order="
                 f"{self.config.solver_order} divides by 0: take fewer steps, or solver_order=1"
             )
         order = self._order(n - 1, n)
-        if levels[-1] == levels[-2] and order > self._order_at_rest():
+        if self._point(n - 1)[2] == self._point(n)[2] and order > self._order_at_rest():
             raise ValueError(
-                f"the last step ends where it begins, at sigma {levels[-1]:.3g}, and order {order} divides by 0 there: "
+                f"the last step ends where it begins, at sigma {self.sigmas[-1]:.3g}, and order {order} divides by 0: "
                 "set final_sigmas_type='zero', or lower_order_final (with fewer than 15 steps), or a lower solver_order"
             )
 
@@ -147,6 +150,10 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         if left == 1 and (short or c.own("euler_at_final") or c.own("final_sigmas_type") == "zero"):
             return 1
         return min(c.solver_order, known, 2 if left == 2 and short else 3)
+
+    def _clock(self, i: int) -> Tensor:
+        """The variable of the polynomials, at place i of the grid."""
+        return self._point(i)[2]
 
     def _order_at_rest(self) -> int:
         """The highest order at which a last step that ends where it begins still has a number."""
