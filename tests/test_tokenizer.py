@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from minidiff.config import ConfigError, LoadError
+from minidiff.loading.config import ConfigError, LoadError
 from minidiff.tokenizer import CLIPTokenizer, TokenizerConfig
 from weights_compat.clip_vocabulary import clip_vocabulary, write_clip_tokenizer
 
