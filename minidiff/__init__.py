@@ -8,57 +8,11 @@ from .missing import getter
 from .models import *  # noqa: F403
 from .pipelines import *  # noqa: F403
 from .schedulers import *  # noqa: F403
-from .models import (
-    AutoencoderKL,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import (
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    EulerAncestralDiscreteScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KarrasVeScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    RePaintScheduler,
-    ScoreSdeVeScheduler,
-    TCDScheduler,
-)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
-    "DDIMInverseScheduler",
-    "DDIMPipeline",
-    "DDIMScheduler",
-    "DDPMPipeline",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DiffusionPipeline",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KarrasVeScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
     "LoadError",
     "bundled",
     *models.__all__,

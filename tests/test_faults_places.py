@@ -189,10 +189,10 @@ def test_new_files_have_the_umasks_mode(tmp_path, new, umask, size):
     assert {mode(file) for file in (tmp_path / "sd", tmp_path / "sd/unet")} == {0o777 & ~umask}
 
 
-@pytest.mark.parametrize(
-    "file",
-    (UNET, "unet/config.json", "model_index.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"),
-)
+JSONS = ("unet/config.json", "model_index.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json")
+
+
+@pytest.mark.parametrize("file", (UNET, *JSONS))
 def test_a_file_that_may_not_be_read_is_said_to_be(open_place, folder, file):
     place = shutil.copytree(folder, open_place / "sd")
     os.chmod(place / file, 0)

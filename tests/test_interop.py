@@ -9,9 +9,7 @@ import minidiff
 
 PICTURE = 1e-4
 SAMPLERS = sorted(
-    name
-    for name in minidiff.schedulers.__all__
-    if hasattr(diffusers, name) and not getattr(minidiff, name).own_loop
+    name for name in minidiff.schedulers.__all__ if hasattr(diffusers, name) and not getattr(minidiff, name).own_loop
 )
 
 

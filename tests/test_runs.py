@@ -12,9 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import minidiff
 
 TEXT_SAMPLERS = [
-    name
-    for name in minidiff.schedulers.__all__
-    if not getattr(minidiff, name).own_loop and name.endswith("Scheduler")
+    name for name in minidiff.schedulers.__all__ if not getattr(minidiff, name).own_loop and name.endswith("Scheduler")
 ]
 
 

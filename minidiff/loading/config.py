@@ -59,13 +59,11 @@ def check_readable(file: Path) -> None:
     """Raises LoadError, which says why, if a file can't be opened."""
     try:
         file.open("rb").close()
-    except FileNotFoundError:
-        dangling = f"a link to {os.readlink(file)}, which isn't there" if file.is_symlink() else "no such file"
-        raise LoadError(f"{file}: {dangling}") from None
-    except PermissionError:
-        raise LoadError(f"{file}: permission denied") from None
     except OSError as error:
-        raise LoadError(f"{file}: can't be read: {error}") from None
+        why = {FileNotFoundError: "no such file", PermissionError: "permission denied"}.get(type(error), str(error))
+        if file.is_symlink() and not file.exists():
+            why = f"a link to {os.readlink(file)}, which isn't there"
+        raise LoadError(f"{file}: {why}") from None
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

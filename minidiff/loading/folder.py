@@ -47,6 +47,8 @@ def load_components(
         if name.startswith("_") or name in given:
             continue
         if name not in expected:
+            if spec == [None, None]:  # a part that newer pipelines of this name can have, and this one hasn't
+                continue
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
         if name in settings:
             if not isinstance(spec, bool | None):

@@ -39,16 +39,25 @@ def replacing(folder: Path, ends: Mapping[str, Callable[[Path], set[str]]]) -> I
     `ends[part](folder / part)` names. If the block fails, or the process dies in it, `folder` is as it was.
     """
     folder = Path(os.path.realpath(folder))  # a link stays, and what it points to is replaced
-    with _turn(folder, {part: folder / part / STAGE for part in ends}) as stages:
-        yield stages
-        journal = {}
-        for part, stage in stages.items():
-            new = {file.name for file in stage.iterdir()}
-            if blocked := [name for name in sorted(new) if (folder / part / name).is_dir()]:
-                raise LoadError(f"{folder / part / blocked[0]}: a folder of that name is in the way")
-            journal[part] = sorted(ends[part](folder / part) - new)
-        with _locked([folder]), _locked(_places(folder, journal)):
+    stages, journal = {part: folder / part / STAGE for part in ends}, {}
+    with _turn(folder, stages) as made:
+        try:
+            yield stages
+            for part, stage in stages.items():
+                new = {file.name for file in stage.iterdir()}
+                if blocked := [name for name in sorted(new) if (folder / part / name).is_dir()]:
+                    raise LoadError(f"{folder / part / blocked[0]}: a folder of that name is in the way")
+                journal[part] = sorted(ends[part](folder / part) - new)
             write_json(stages[""] / JOURNAL, journal)
+        except BaseException:
+            _empty(stages)
+            for stage in stages.values():
+                stage.rmdir()
+            for place in reversed(made):
+                with suppress(OSError):  # another save is about to use it
+                    place.rmdir()
+            raise
+        with _locked([folder]), _locked(_places(folder, journal)):
             os.replace(stages[""] / JOURNAL, folder / JOURNAL)
             _put_in_place(folder, journal)
 
@@ -76,12 +85,13 @@ def is_plain(name: object) -> bool:
 def _journals(folder: Path) -> list[Path]:
     """Where a save that wrote to `folder`, or to a part of it, was cut off in its last step."""
     parts = [file.parent for file in folder.glob(f"*/{JOURNAL}")]
-    return [place for place in (folder.absolute().parent, folder, *parts) if os.path.lexists(place / JOURNAL)]
+    above = [folder.absolute().parent] if os.path.lexists(folder / STAGE) else []  # else it is done with this part
+    return [place for place in (*above, folder, *parts) if os.path.lexists(place / JOURNAL)]
 
 
 @contextmanager
-def _turn(folder: Path, stages: dict[str, Path]) -> Iterator[dict[str, Path]]:
-    """Waits until nobody else saves here, makes the empty `stages`, and takes away in the end what wasn't needed."""
+def _turn(folder: Path, stages: Mapping[str, Path]) -> Iterator[list[Path]]:
+    """Waits until nobody else saves here, and makes the empty `stages`. Yields the folders that it made for them."""
     places = [stage.parent for stage in stages.values()]
     taken = None
     while taken is None:
@@ -99,15 +109,8 @@ def _turn(folder: Path, stages: dict[str, Path]) -> Iterator[dict[str, Path]]:
             raise LoadError(f"{folder}: two of its parts are links to one folder")
         taken = _take_turn(folder, stages)
     with taken:
-        try:
-            _empty(stages)
-            yield stages
-        finally:
-            if not os.path.lexists(folder / JOURNAL):
-                _empty(stages)
-                for place in (*stages.values(), *reversed(made)):
-                    with suppress(OSError):  # it is in its place, or isn't empty
-                        place.rmdir()
+        _empty(stages)
+        yield made
 
 
 def _take_turn(folder: Path, stages: Mapping[str, Path]) -> ExitStack | None:

@@ -59,7 +59,7 @@ def to_ours(change: str, tensor: Tensor) -> Tensor:
         case ["same"]:
             return tensor
         case ["transpose"]:
-            return tensor.T
+            return tensor.t()
         case ["convolution"]:  # (out, in, 1, 1) -> (out, in). Biases, and files that have (out, in), are the same
             return tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
         case ["third", number]:  # (3 * out, in) -> (out, in)
@@ -74,4 +74,4 @@ def to_hub(changed: Mapping[str, Tensor]) -> Tensor:
     ((change, tensor),) = changed.items()
     if change == "convolution" and tensor.ndim == 2:
         return tensor[:, :, None, None]
-    return tensor.T if change == "transpose" else tensor
+    return tensor.t() if change == "transpose" else tensor

@@ -233,6 +233,6 @@ def _serves_as(component: Any, kind: type) -> bool:
 
 
 def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise LoadError(f"{where}: _class_name={name!r} is not supported; supported: {', '.join(sorted(PIPELINES))}")
     return PIPELINES[name]
