@@ -120,7 +120,7 @@ class EMAModel:
         if self.model_cls is None or self.model_config is None:
             raise ValueError("model_cls and model_config must have been given, for save_pretrained to make a model")
         state = {key: getattr(self, key) for key in STATE}
-        model = self.model_cls.from_config(self.model_config, **state)
+        model = self.model_cls.from_config({**self.model_config, **state})
         self.copy_to(model.parameters())
         model.save_pretrained(path)
 

@@ -170,12 +170,20 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
 
 # Keys that real checkpoints hold at one value alone, and those that change nothing
-CLIPTextConfig.fixed = {"attention_dropout": 0, "dropout": 0}
+CLIPTextConfig.fixed = {
+    "attention_dropout": 0,
+    "dropout": 0,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+}
 CLIPTextConfig.inert = {
     **dict.fromkeys(
         ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
         "describes the file, not the network",
     ),
+    **dict.fromkeys(("id2label", "label2id", "problem_type"), "a classifier's"),
     **dict.fromkeys(("initializer_factor", "initializer_range"), "the first weights of a new model"),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), "the tokenizer holds the ids of these tokens"),
 }

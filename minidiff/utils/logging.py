@@ -1,7 +1,7 @@
 """Messages of scripts, by Python's own `logging`, under the logger "minidiff".
 
-minidiff's own messages are Python warnings and exceptions: `warnings.filterwarnings` silences the former, `pipe.
-set_progress_bar_config(disable=True)` the bar of a pipeline.
+minidiff's own messages are Python warnings and exceptions: `warnings.filterwarnings` silences the former,
+`pipe.set_progress_bar_config(disable=True)` the bar of a pipeline.
 """
 
 import logging
@@ -18,6 +18,7 @@ __all__ = [
     "NOTSET",
     "WARN",
     "WARNING",
+    "add_handler",
     "disable_default_handler",
     "disable_progress_bar",
     "disable_propagation",
@@ -28,6 +29,7 @@ __all__ = [
     "get_logger",
     "get_verbosity",
     "is_progress_bar_enabled",
+    "remove_handler",
     "reset_format",
     "set_verbosity",
     "set_verbosity_debug",
@@ -78,6 +80,14 @@ def enable_default_handler() -> None:
 
 def disable_default_handler() -> None:
     ROOT.removeHandler(HANDLER)
+
+
+def add_handler(handler: logging.Handler) -> None:
+    ROOT.addHandler(handler)
+
+
+def remove_handler(handler: logging.Handler) -> None:
+    ROOT.removeHandler(handler)
 
 
 def enable_propagation() -> None:
