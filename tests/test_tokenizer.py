@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from minidiff.loading.config import ConfigError, LoadError
+from minidiff.models.tokenizer import CLIPTokenizer, TokenizerConfig
 from weights_compat.clip_vocabulary import clip_vocabulary, write_clip_tokenizer
 
 CONFIG, MAP, VOCAB, MERGES = "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"
