@@ -18,6 +18,7 @@ from ..loading.component import Component
 from ..loading.config import LoadError, read_json
 from ..loading.folder import load_components, save_components, wanted_by_pipeline
 from ..loading.hub import fetch
+from ..loading.push import Pushable
 from ..loading.save import INDEX, reading
 from ..loading.weights import which_files
 from ..outputs import output
@@ -47,7 +48,7 @@ class ImageOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class DiffusionPipeline(Runs, MemorySwitches):
+class DiffusionPipeline(Runs, MemorySwitches, Pushable):
     """Base of the pipelines. A subclass's `__init__` names its components, and hands them to `register_modules`.
 
     `setting_names` are the arguments of `__init__`, kept as attributes, that are no components: flags, numbers.

@@ -16,7 +16,7 @@ from ..images import check_output_type, to_output
 from ..models import AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
 from ..noise import Generators
 from ..outputs import output
-from ..schedulers.base import Scheduler, as_integer, check_number
+from ..schedulers.base import Sampler, as_integer, check_number
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan
 from .latents import decode_latents, first_latents
@@ -45,7 +45,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
-        scheduler: Scheduler,
+        scheduler: Sampler,
         safety_checker: None = None,
         feature_extractor: None = None,
         image_encoder: None = None,

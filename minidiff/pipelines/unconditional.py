@@ -8,13 +8,13 @@ from ..images import check_output_type, to_output
 from ..models import UNet2DModel
 from ..noise import Generators, randn_tensor
 from ..schedulers import DDIMScheduler, PNDMScheduler
-from ..schedulers.base import Scheduler, as_integer
+from ..schedulers.base import Sampler, as_integer
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import denoise, plan
 
 
 class UnconditionalPipeline(DiffusionPipeline):
-    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+    def __init__(self, unet: UNet2DModel, scheduler: Sampler):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     def sample(
@@ -68,7 +68,7 @@ class DDPMPipeline(UnconditionalPipeline):
 class DDIMPipeline(UnconditionalPipeline):
     """Denoising diffusion implicit models (Song et al., arXiv 2010.02502): the DDPM's network, in fewer steps."""
 
-    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+    def __init__(self, unet: UNet2DModel, scheduler: Sampler):
         super().__init__(unet, scheduler)
         self.scheduler = DDIMScheduler.from_config(scheduler.config)  # folders often hold DDPM's
 
@@ -91,7 +91,7 @@ class DDIMPipeline(UnconditionalPipeline):
 class PNDMPipeline(UnconditionalPipeline):
     """Pseudo numerical methods for diffusion models on manifolds (Liu et al., arXiv 2202.09778), algorithm 2."""
 
-    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+    def __init__(self, unet: UNet2DModel, scheduler: Sampler):
         super().__init__(unet, scheduler)
         self.scheduler = PNDMScheduler.from_config(scheduler.config)  # folders often hold DDPM's
 
