@@ -370,6 +370,7 @@ def find_folder(name: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
+    import minidiff
     from minidiff.loading.config import read_json
 
     for library in ("diffusers", "transformers"):
@@ -394,8 +395,9 @@ def main(arguments: list[str] | None = None) -> int:
             args.error(str(error))
         gc.freeze()  # the libraries stay; without this each gc.collect between two sides would walk through them
         stack.callback(gc.unfreeze)
-        names = ("minidiff", "diffusers", "transformers", "torch")
-        print("versions  " + ", ".join(f"{name} {version(name)}" for name in names))
+        ours = f"minidiff {minidiff.__version__}"  # from the package itself: a plain clone isn't installed
+        others = (f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch"))
+        print(f"versions  {', '.join([ours, *others])}")
         print(f"folder    {folder} ({made})")
         print(f"run       {args.device}, {args.dtype}, {args.steps} steps\n")
         print(f"{'stage':<44}{'max |diff|':>12}{'relative':>12}{'bound':>10}")
