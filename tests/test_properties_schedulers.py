@@ -18,8 +18,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import minidiff as m
-from minidiff.schedulers.base import rescale_zero_terminal_snr
 from minidiff.schedulers.pndm import PLMS_WEIGHTS
+from minidiff.schedulers.schedule import rescale_zero_terminal_snr
 
 # Float64 against float64. Measured over 400 cases of each: additions and products at most 1e-13, where they are divided
 # by a small alpha_bar 3e-12

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import minidiff.schedulers as ours
-from minidiff.config import ConfigError
+from minidiff.loading.config import ConfigError
 from minidiff.noise import randn_tensor
 
 NAMES = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
@@ -54,16 +54,26 @@ def model_output(scheduler, shape, generator, dtype=torch.float32):
 
 
 def compare_run(name, config, steps, *, set_timesteps=None, dtype=torch.float32, bound=BOUND, **step_arguments):
-    """Both through all timesteps, each on its own samples. Returns how many steps were compared."""
+    """Both through all timesteps, each on its own samples. Returns how many steps were compared.
+
+    Where the reference divides by an alpha_bar of 0 there is an error instead, before the first step.
+    """
     mine, reference = pair(name, **config)
-    for scheduler in (mine, reference):
-        scheduler.set_timesteps(**(set_timesteps or {"num_inference_steps": steps}))
+    plan = set_timesteps or {"num_inference_steps": steps}
+    reference.set_timesteps(**plan)
+    bounded = mine.config.get("clip_sample") and not mine.config.get("thresholding")
+    signal = reference.alphas_cumprod[reference.timesteps].min() > 0
+    if config.get("prediction_type", "epsilon") == "epsilon" and not (signal or bounded):
+        with pytest.raises(ValueError, match=r"alpha_bar is 0 at timestep 999.*prediction_type='epsilon'"):
+            mine.set_timesteps(**plan)
+        return 0
+    mine.set_timesteps(**plan)
     assert mine.timesteps.tolist() == reference.timesteps.tolist()
     assert mine.timesteps.dtype == reference.timesteps.dtype == torch.int64
     noise = torch.Generator().manual_seed(0)
     sample = expected = torch.randn(2, 3, 3, 2, generator=noise).to(dtype)
     draws = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)]
-    for count, t in enumerate(reference.timesteps):
+    for t in reference.timesteps:
         output = model_output(mine, sample.shape, noise, dtype)
         if name == "PNDMScheduler":
             got, want = mine.step(output, t, sample), reference.step(output, t, expected)
@@ -71,9 +81,7 @@ def compare_run(name, config, steps, *, set_timesteps=None, dtype=torch.float32,
             got = mine.step(output, t, sample, generator=draws[0], **step_arguments)
             want = reference.step(output, t, expected, generator=draws[1], **step_arguments)
             assert draws[0].get_state().equal(draws[1].get_state())
-        if not want.prev_sample.isfinite().all():  # only where no signal is left to divide by
-            assert reference.alphas_cumprod[t] == 0
-            return count
+        assert want.prev_sample.isfinite().all()
         sample, expected = got.prev_sample, want.prev_sample
         assert sample.dtype == expected.dtype
         assert (sample - expected).abs().max() <= bound * expected.abs().max(), f"timestep {t} of {config}"
@@ -95,7 +103,8 @@ def test_signatures_are_the_references(name):
         (mine.set_timesteps, reference.set_timesteps),
     ):
         parameters, expected = inspect.signature(ours_).parameters, inspect.signature(theirs).parameters
-        assert list(parameters) == list(expected)
+        named = [key for key in parameters if parameters[key].kind is not inspect.Parameter.KEYWORD_ONLY]
+        assert named == list(expected)[: len(named)] and parameters.keys() == expected.keys()
         for key, parameter in parameters.items():
             assert parameter.default in (expected[key].default, inspect.Parameter.empty)
     scheduler, expected = pair(name)
@@ -301,7 +310,9 @@ def test_a_step_reads_no_value_of_the_sample(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
 def test_add_noise_and_velocity_are_bit_equal(name, dtype):
+    """In half precision the table is cast last. The reference casts it first, which leaves no noise at timestep 0."""
     mine, reference = pair(name)
+    half = dtype in (torch.float16, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(4, 3, 2, 2, generator=generator).to(dtype) for _ in range(2))
     for timesteps in (torch.tensor([0, 17, 500, 999]), torch.tensor([3], dtype=torch.int32), torch.tensor(7)):
@@ -309,8 +320,14 @@ def test_add_noise_and_velocity_are_bit_equal(name, dtype):
             if hasattr(reference, method):
                 got = getattr(mine, method)(x0, noise, timesteps)
                 assert got.dtype == dtype
-                assert got.equal(getattr(reference, method)(x0, noise, timesteps))
+                wide = torch.float32 if half else dtype
+                expected = getattr(reference, method)(x0.to(wide), noise.to(wide), timesteps)
+                # measured: 0.9 epsilons of the dtype, from three roundings
+                within = 1.5 * torch.finfo(dtype).eps if half else 0
+                assert ((got - expected).abs() <= within * expected.abs().max()).all()
     several = torch.tensor([1, 2, 3, 4])
+    if half:
+        return
     assert mine.add_noise(x0[:1], noise, several).equal(reference.add_noise(x0[:1], noise, several))
     flat = torch.randn(4, 6, generator=generator).to(dtype)
     assert mine.add_noise(flat, flat, several).equal(reference.add_noise(flat, flat, several))
@@ -488,9 +505,9 @@ def test_a_value_of_another_class_is_named(name, key, value):
     [("DDPMScheduler", "set_alpha_to_one"), ("DDIMScheduler", "variance_type"), ("PNDMScheduler", "clip_sample")],
 )
 def test_a_key_of_another_class_is_no_argument(name, key):
-    with pytest.raises(TypeError, match=key):
+    with pytest.raises(ConfigError, match=f"{name} has no {key}; its keys: beta_end"):
         getattr(ours, name)(**{key: True})
-    with pytest.raises(TypeError, match=key):
+    with pytest.raises(ConfigError, match=f"{name} has no {key}"):
         getattr(ours, name).from_config({}, **{key: True})
     with pytest.raises(ConfigError, match="beta_strat"):
         getattr(ours, name).from_config({"beta_strat": 0.1})

@@ -119,6 +119,7 @@ class Configured(Component, abstract=True):
         if len(args) > len(names) or (twice := kwargs.keys() & names[: len(args)]):
             problem = f"{len(args)} positional arguments" if len(args) > len(names) else f"{min(twice)} twice"
             raise TypeError(f"{type(self).__name__} was given {problem}; by position it takes {', '.join(names)}")
+        self.check_own(kwargs)
         self.config = self.Config.read({**dict(zip(names, args, strict=False)), **kwargs})
 
     def __repr__(self) -> str:
@@ -135,10 +136,15 @@ class Configured(Component, abstract=True):
         defaulted = config.get("_use_default_values", ())
         values = config.explicit() if isinstance(config, Config) else config
         values = {key: value for key, value in values.items() if key not in defaulted}
-        own = {*(field.name for field in fields(cls.Config)), *cls.Config.fixed}
-        if unknown := overrides.keys() - own:
-            raise ConfigError(f"{cls.__name__} has no {min(unknown)}; its keys: {', '.join(sorted(own))}")
+        cls.check_own(overrides)
         return cls(cls.Config.read({**values, **overrides}))
+
+    @classmethod
+    def check_own(cls, arguments: Mapping[str, Any]) -> None:
+        """Arguments must be the class's own keys. (A file may hold others too, which are kept.)"""
+        if unknown := arguments.keys() - cls.Config.known():
+            known = ", ".join(sorted(cls.Config.known()))
+            raise ConfigError(f"{cls.__name__} has no {min(unknown)}; its keys: {known}")
 
 
 class Model(Configured, nn.Module, abstract=True):

@@ -100,7 +100,7 @@ class Config(Mapping):
                 if not _matches(_tuples(value), hint):
                     raise ConfigError(f"{where}: {key}={value!r} is not supported; supported: {_describe(hint)}")
             elif not cls.is_inert(key):
-                supported = ", ".join(sorted({*known, *cls.fixed}))
+                supported = ", ".join(sorted(cls.known()))
                 raise ConfigError(f"{where}: unknown key {key}={value!r}; supported keys: {supported}")
         given = {key: value for key, value in values.items() if key in known}
         try:
@@ -110,6 +110,11 @@ class Config(Mapping):
         object.__setattr__(config, "given", frozenset(given))
         object.__setattr__(config, "extra", extra)
         return config
+
+    @classmethod
+    def known(cls) -> set[str]:
+        """The keys of this class, those with one value among them."""
+        return {*_hints(cls), *cls.fixed}
 
     @classmethod
     def is_inert(cls, key: str) -> bool:

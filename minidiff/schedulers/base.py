@@ -10,7 +10,9 @@ has to be fetched from there, so a loop that must not wait passes CPU tensors or
 import math
 import numbers
 import operator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -28,7 +30,22 @@ Spacing = Literal["linspace", "leading", "trailing"]  # arXiv 2305.08891, table 
 
 
 @dataclass(frozen=True, eq=False)
-class SchedulerConfig(Config):
+class SamplerConfig(Config):
+    """What all samplers' configs have in common: another sampler's keys are kept."""
+
+    @classmethod
+    def is_inert(cls, key: str) -> bool:
+        """Another sampler's key is kept, so that swapping back restores it."""
+        samplers = [known.Config for known in REGISTRY.values() if issubclass(known, Sampler)]
+        return key in FOREIGN or any(key in config.known() for config in samplers)
+
+    def own(self, key: str, default: Any = None) -> Any:
+        """A key's value if this class has the key. Another sampler's, which is only kept here, isn't read."""
+        return vars(self).get(key, default)
+
+
+@dataclass(frozen=True, eq=False)
+class SchedulerConfig(SamplerConfig):
     """The keys of nearly every sampler. Each adds its own, by name alone."""
 
     num_train_timesteps: Width = 1000
@@ -41,16 +58,6 @@ class SchedulerConfig(Config):
         super().__post_init__()
         fits = self.trained_betas is None or len(self.trained_betas) >= self.num_train_timesteps
         self.require(fits, "trained_betas", "have num_train_timesteps values")
-
-    @classmethod
-    def is_inert(cls, key: str) -> bool:
-        """Another sampler's key is kept, so that swapping back restores it."""
-        samplers = [known.Config for known in REGISTRY.values() if issubclass(known, Scheduler)]
-        return key in FOREIGN or any(key in (field.name for field in fields(config)) for config in samplers)
-
-    def own(self, key: str, default: Any = None) -> Any:
-        """A key's value if this class has the key. Another sampler's, which is only kept here, isn't read."""
-        return vars(self).get(key, default)
 
 
 # Keys that no sampler here has, but that files on the Hub do
@@ -76,34 +83,28 @@ class StepOutput(NamedTuple):
     pred_original_sample: Tensor
 
 
-class Scheduler(Configured, abstract=True):
+class Sampler(Configured, abstract=True):
     """Base of all samplers. A run is `set_timesteps(n)`, then one `step` for each of `timesteps`.
 
     Attributes:
-        betas, alphas, alphas_cumprod: float32 tables of `num_train_timesteps` values, by timestep.
-        final_alpha_cumprod: the alpha_bar that stands before timestep 0.
         timesteps: descending, on the device that `set_timesteps` was given; int64, or float32 where levels lie between.
+        grid: the same on the CPU.
         num_inference_steps: the `n` of `set_timesteps`, None before it.
         step_index, begin_index: the place in the grid of the next step, and of the first one; None until known.
         history: past predictions, newest last. It is replaced, never changed, so that a copy of the scheduler is a run.
         init_noise_sigma: what to scale the first noise by. order: model calls a step.
+        own_loop: empty where any pipeline can run the sampler; else why not, to end a pipeline's error with.
     """
 
-    Config = SchedulerConfig
+    Config = SamplerConfig
     files = ("scheduler_config.json",)
     order: ClassVar[int] = 1
+    own_loop: ClassVar[str] = ""
     init_noise_sigma: float | Tensor = 1.0
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        c = self.config
-        betas = make_betas(c.beta_schedule, c.num_train_timesteps, c.beta_start, c.beta_end, c.trained_betas)
-        self.betas = rescale_zero_terminal_snr(betas) if c.own("rescale_betas_zero_snr") else betas
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self.final_alpha_cumprod = torch.tensor(1.0)
         self.num_inference_steps: int | None = None
-        self._begin(torch.arange(len(self)).flip(0))
 
     @classmethod
     def read_from(cls, folder: Path, files: Files) -> Self:
@@ -119,10 +120,11 @@ class Scheduler(Configured, abstract=True):
 
     # The grid and the position in it
 
-    def _begin(self, timesteps: np.ndarray | Tensor, device: torch.device | str | None = None) -> None:
+    def _begin(self, timesteps: Sequence[int] | np.ndarray | Tensor, device: torch.device | str | None = None) -> None:
         """Lays the grid of a new run, and forgets the one before."""
+        self.grid = torch.as_tensor(timesteps)
         try:
-            self.timesteps = torch.as_tensor(timesteps, device=device)
+            self.timesteps = self.grid.to(device)
         except (RuntimeError, TypeError, AssertionError) as error:  # the last: torch without CUDA
             raise ValueError(f"device={device!r} is not supported: {error}") from None
         self.step_index: int | None = None
@@ -136,18 +138,29 @@ class Scheduler(Configured, abstract=True):
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """The place of `timestep` in the grid: the second one where it stands twice, so that no level is left out by a
         loop that starts there."""
-        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        grid = self.grid if schedule_timesteps is None else schedule_timesteps
         wanted = timestep.to(grid.device) if isinstance(timestep, Tensor) else timestep
         places = (grid == wanted).nonzero().flatten().tolist()
         if not places:
             raise ValueError(f"timestep={timestep} is none of those that set_timesteps planned: {grid.tolist()}")
         return places[min(1, len(places) - 1)]
 
+    def _places(self, timesteps: Tensor) -> list[int]:
+        """Where noise is added: once set_begin_index was called, at the present step or the first one; else at the
+        `timesteps` (B,) given."""
+        if self.begin_index is None:
+            return [self.index_for_timestep(t) for t in timesteps]
+        return [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
+
     def _enter(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> int:
         """The place in the grid at which a `step` stands, once its arguments are known to fit. `_leave` counts on."""
         self._check_tensors(model_output, sample)
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        return self._place(timestep)
+
+    def _place(self, timestep: float | Tensor) -> int:
+        """Where the run stands. It begins at `begin_index`, else at the timestep given first, and is counted on."""
         if self.step_index is None:
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
         if not 0 <= self.step_index < len(self.timesteps):
@@ -155,20 +168,61 @@ class Scheduler(Configured, abstract=True):
             raise ValueError(f"step {self.step_index + 1} of {n}: the run is over, call set_timesteps for a new one")
         return self.step_index
 
-    def _leave(self, prev_sample: Tensor, x0: Tensor | None = None, return_dict: bool = True) -> tuple:
-        """Counts the position on, and packs what `step` returns."""
+    def _leave(
+        self, prev_sample: Tensor, x0: Tensor | None = None, return_dict: bool = True, kind: type = StepOutput
+    ) -> tuple:
+        """Counts the position on, and packs what `step` returns: the sample, and as a rule the x0 seen."""
         self.step_index = None if self.step_index is None else self.step_index + 1
-        result = SchedulerOutput(prev_sample) if x0 is None else StepOutput(prev_sample, x0)
+        result = SchedulerOutput(prev_sample) if x0 is None else kind(prev_sample, x0)
         return result if return_dict else tuple(result)
 
-    def _spaced(self, num_inference_steps: int, offset: int | None = None, spare: int = 0) -> np.ndarray:
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Returns `sample`: these samplers show the model what they hold. Others divide by the noise level first."""
+        return sample
+
+    def _check_tensors(self, model_output: Tensor, sample: Tensor) -> None:
+        check_tensors(model_output=model_output, sample=sample)
+        if model_output.shape != sample.shape:
+            given, needed = tuple(model_output.shape), tuple(sample.shape)
+            raise ValueError(f"model_output has shape {given}, but sample {needed}: they must agree")
+        if not (model_output.is_floating_point() and sample.is_floating_point()):
+            given = f"{model_output.dtype} and {sample.dtype}"
+            raise TypeError(f"model_output and sample must be floating-point tensors, but are {given}")
+
+
+class Scheduler(Sampler, abstract=True):
+    """Base of the samplers that count in the timesteps of a schedule of betas: nearly all.
+
+    Attributes:
+        betas, alphas, alphas_cumprod: float32 tables of `num_train_timesteps` values, by timestep.
+        final_alpha_cumprod: the alpha_bar that stands before timestep 0.
+    """
+
+    Config = SchedulerConfig
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        c = self.config
+        betas = make_betas(c.beta_schedule, c.num_train_timesteps, c.beta_start, c.beta_end, c.trained_betas)
+        self.betas = rescale_zero_terminal_snr(betas) if c.own("rescale_betas_zero_snr") else betas
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.final_alpha_cumprod = torch.tensor(1.0) if c.own("set_alpha_to_one", True) else self.alphas_cumprod[0]
+        self._begin(torch.arange(len(self)).flip(0))
+
+    def _spaced(
+        self, num_inference_steps: int, offset: int | None = None, spare: int = 0, total: int | None = None
+    ) -> np.ndarray:
         """`num_inference_steps` timesteps, descending, spaced as `timestep_spacing` says; float64.
 
-        `spare` levels more are laid out, of which the last ones aren't used (DPM-Solver's grids have one).
+        `spare` levels more are laid out, of which the last ones aren't used (DPM-Solver's grids have one). Only the
+        first `total` of the training's timesteps are used, if given.
         """
         n, T = as_integer(num_inference_steps, "num_inference_steps"), len(self)
+        if total is not None and not 1 <= (T := as_integer(total, "num_train_timesteps")) <= len(self):
+            raise ValueError(f"num_train_timesteps={T} must lie in 1..{len(self)}, which the config has")
         if not 1 <= n <= T:
-            raise ValueError(f"num_inference_steps={n} must lie in 1..{T}, the config's num_train_timesteps")
+            raise ValueError(f"num_inference_steps={n} must lie in 1..{T}, the num_train_timesteps")
         spacing, offset = self.config.timestep_spacing, self.config.steps_offset if offset is None else offset
         if spacing == "linspace":
             grid = np.linspace(0, T - 1, n + spare)[::-1][:n]
@@ -183,53 +237,76 @@ class Scheduler(Configured, abstract=True):
             )
         return grid
 
-    # Noise
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """The grid's timestep after `timestep`, a tensor; -1 after the last. Before `set_timesteps`: the next lower."""
+        if self.num_inference_steps is None:  # the training's own grid
+            return timestep - 1
+        i = self.index_for_timestep(as_integer(timestep, "timestep")) + 1
+        return self.grid[i] if i < len(self.grid) else torch.tensor(-1)
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """Returns `sample`: these samplers show the model what they hold. Others divide by the noise level first."""
-        return sample
+    def _listed(self, timesteps: Sequence[int]) -> list[int]:
+        """Custom timesteps, whole numbers in descending order."""
+        grid = [as_integer(t, "timesteps") for t in timesteps]
+        if not grid or any(t <= t_next for t, t_next in pairwise(grid)):
+            raise ValueError(f"timesteps={grid} must be in descending order, and at least one")
+        if grid[0] >= len(self) or grid[-1] < 0:
+            raise ValueError(f"timesteps={grid} must lie in 0..{len(self) - 1}")
+        return grid
+
+    def _check_signal(self, timesteps: Sequence[int] | np.ndarray, always: bool = False) -> None:
+        """Raises a ValueError where a step would divide by an alpha_bar of 0: for x0 from eps, or `always`."""
+        c = self.config
+        bounded = c.own("clip_sample") and not c.own("thresholding")  # clipping makes a number of the infinite
+        if always or (c.prediction_type == "epsilon" and not bounded):
+            for t in timesteps:
+                if self.alphas_cumprod[t] == 0:
+                    raise ValueError(
+                        f"alpha_bar is 0 at timestep {t}, all noise, and {type(self).__name__} divides by it with "
+                        f"prediction_type={c.prediction_type!r}: zero terminal SNR (rescale_betas_zero_snr) needs "
+                        "a model of 'v_prediction' and a sampler that has the key"
+                    )
+
+    # Noise
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Samples x_t = alpha x0 + sigma eps, (B, ...) from (B, ...). `timesteps` (B,); one can stand for all."""
         check_tensors(original_samples=original_samples, noise=noise, timesteps=timesteps)
-        alpha, sigma = self._noise_levels(timesteps, noise, original_samples)
+        alpha, sigma = self._noise_levels(self._levels_at, timesteps, noise, original_samples)
         return alpha * original_samples + sigma * noise
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a v_prediction model learns to say (arXiv 2202.00512, appendix D). Shapes as in `add_noise`."""
         check_tensors(sample=sample, noise=noise, timesteps=timesteps)
-        alpha, sigma = self._noise_levels(timesteps, noise, sample)
+        alpha, sigma = self._noise_levels(self._vp_levels_at, timesteps, noise, sample)
         return alpha * noise - sigma * sample
 
-    def _noise_levels(self, timesteps: Tensor, noise: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _noise_levels(
+        self, levels_at: Callable[..., tuple[Tensor, Tensor]], timesteps: Tensor, noise: Tensor, sample: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """alpha and sigma at `timesteps`, in the sample's dtype, (B, 1, 1, ...) to broadcast over it."""
         timesteps = timesteps.flatten()
         if noise.shape[1:] != sample.shape[1:]:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the samples {tuple(sample.shape)}")
         if timesteps.shape[0] not in (1, sample.shape[0]) and sample.shape[0] != 1:
             raise ValueError(f"timesteps has {timesteps.shape[0]} values for {sample.shape[0]} samples")
-        levels = self._levels_at(timesteps)  # float32: in half precision 1 - alpha_bar would be lost at low noise
+        # In half precision 1 - alpha_bar would be lost at low noise, and is in the reference: 0.0292 at timestep 0
+        levels = levels_at(timesteps, torch.promote_types(sample.dtype, torch.float32))
         return tuple(x.to(sample.device, sample.dtype).view(-1, *[1] * (sample.ndim - 1)) for x in levels)
 
-    def _levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at `timesteps` (B,), float32: here those of the VP reading, from the table."""
+    def _levels_at(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at `timesteps` (B,), in float32 or more: here those of the VP reading, from the table."""
         if timesteps.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"timesteps must be int64 or int32, but are {timesteps.dtype}")
         if timesteps.device.type == "cpu" and not all(0 <= t < len(self) for t in timesteps.tolist()):
             raise ValueError(f"timesteps must lie in 0..{len(self) - 1}, but are {timesteps.tolist()}")
-        alpha_bar = self.alphas_cumprod.to(timesteps.device, non_blocking=True).gather(0, timesteps.long())
+        alpha_bar = self.alphas_cumprod.to(timesteps.device, non_blocking=True).gather(0, timesteps.long()).to(dtype)
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
-    # What the model says
+    def _vp_levels_at(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same in the VP reading, in which v is defined, whichever one the sampler holds."""
+        return self._levels_at(timesteps, dtype)
 
-    def _check_tensors(self, model_output: Tensor, sample: Tensor) -> None:
-        check_tensors(model_output=model_output, sample=sample)
-        if model_output.shape != sample.shape:
-            given, needed = tuple(model_output.shape), tuple(sample.shape)
-            raise ValueError(f"model_output has shape {given}, but sample {needed}: they must agree")
-        if not (model_output.is_floating_point() and sample.is_floating_point()):
-            given = f"{model_output.dtype} and {sample.dtype}"
-            raise TypeError(f"model_output and sample must be floating-point tensors, but are {given}")
+    # What the model says
 
     def _check_step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> int:
         """For samplers that go by the timestep given, in any order: it as an integer, once the arguments fit."""
@@ -242,8 +319,9 @@ class Scheduler(Configured, abstract=True):
     def _stride(self) -> int:
         """The distance of two timesteps, once `set_timesteps` has been called.
 
-        That of the grid itself is another for `trailing`, `linspace` and numbers that don't divide T; the reference
-        steps so all the same, and more steps then don't converge to the exact solution.
+        That of the grid itself is another for `trailing`, `linspace` and numbers that don't divide T. Right would be
+        the way to the next timestep; the reference steps by T // n all the same, and more steps then don't converge to
+        the exact solution.
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")

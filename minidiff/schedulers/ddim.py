@@ -33,14 +33,11 @@ class DDIMScheduler(Scheduler):
 
     Config = DDIMConfig
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if not self.config.set_alpha_to_one:
-            self.final_alpha_cumprod = self.alphas_cumprod[0]
-
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Plans `num_inference_steps` steps, at most `num_train_timesteps`."""
-        self._begin(self._spaced(num_inference_steps).round().astype("int64"), device)
+        grid = self._spaced(num_inference_steps).round().astype("int64")
+        self._check_signal(grid)
+        self._begin(grid, device)
         self.num_inference_steps = len(self.timesteps)
 
     def step(
@@ -61,7 +58,7 @@ class DDIMScheduler(Scheduler):
         `eta` 0 is deterministic, 1 is DDPM. `use_clipped_model_output` derives eps anew from the clipped x0.
         `variance_noise` stands in for the noise that is drawn from `generator` where eta > 0.
         """
-        stride = self._stride()
+        stride = self._stride()  # T // n, not the grid's own: see there
         t = self._check_step(model_output, timestep, sample)
         check_number(eta, "eta", least=0)
         alpha_bar, alpha_bar_prev = self._alpha_bar(t), self._alpha_bar(t - stride)

@@ -1,8 +1,7 @@
 """DDPM: Denoising Diffusion Probabilistic Models (Ho et al., arXiv 2006.11239)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,14 +10,16 @@ from torch import Tensor
 from ..loading.component import check_tensors
 from ..loading.config import Share
 from ..noise import Generators, randn_tensor
-from .base import Scheduler, SchedulerConfig, Spacing, StepOutput, as_integer
+from .base import Scheduler, SchedulerConfig, Spacing, StepOutput
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DDPMConfig(SchedulerConfig):
     """The keys of DDPMScheduler."""
 
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = field(
+        default="linear", kw_only=False
+    )
     variance_type: (  # null comes from DPM-Solver's files, and is read as fixed_small
         Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
     ) = "fixed_small"
@@ -50,21 +51,10 @@ class DDPMScheduler(Scheduler):
         if timesteps is None:
             grid = self._spaced(num_inference_steps).round().astype("int64").tolist()
         else:
-            grid = [as_integer(t, "timesteps") for t in timesteps]
-            if not grid or any(t <= t_next for t, t_next in pairwise(grid)):
-                raise ValueError(f"timesteps={grid} must be in descending order, and at least one")
-            if grid[0] >= len(self) or grid[-1] < 0:
-                raise ValueError(f"timesteps={grid} must lie in 0..{len(self) - 1}")
-        self._begin(torch.tensor(grid), device)
+            grid = self._listed(timesteps)
+        self._check_signal(grid)
+        self._begin(grid, device)
         self.num_inference_steps = len(grid)
-
-    def previous_timestep(self, timestep: int | Tensor) -> int:
-        """The timestep that a step from `timestep` leads to; -1 after the last."""
-        t = as_integer(timestep, "timestep")
-        if self.num_inference_steps is None:  # the training's own grid
-            return t - 1
-        i = self.index_for_timestep(t) + 1
-        return int(self.timesteps[i]) if i < len(self.timesteps) else -1
 
     def step(
         self,
@@ -85,7 +75,7 @@ class DDPMScheduler(Scheduler):
         t = self._check_step(model_output, timestep, sample)
 
         alpha_bar = self._alpha_bar(t)
-        alpha_bar_prev = self._alpha_bar(self.previous_timestep(t))
+        alpha_bar_prev = self._alpha_bar(int(self.previous_timestep(t)))
         alpha = alpha_bar / alpha_bar_prev  # of the whole step, which may span several timesteps
         beta = 1 - alpha
 

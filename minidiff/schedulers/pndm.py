@@ -38,13 +38,12 @@ class PNDMScheduler(Scheduler):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if not self.config.set_alpha_to_one:
-            self.final_alpha_cumprod = self.alphas_cumprod[0]
         self.timesteps = self.prk_timesteps = self.plms_timesteps = None  # until set_timesteps
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Plans the steps, at most `num_train_timesteps` and with PRK at least 4, and forgets all past predictions."""
         grid = self._spaced(num_inference_steps).round().astype("int64")
+        self._check_signal(grid, always=True)
         if self.config.skip_prk_steps:
             self.prk_timesteps = grid[:0]
             self.plms_timesteps = np.concatenate([grid[:1], grid[1:2], grid[1:]])  # the first step is taken twice
