@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .loading.config import ConfigError, LoadError
+from .missing import getter
 from .models import (
     AutoencoderKL,
     CLIPTextModel,
@@ -36,6 +37,9 @@ __all__ = [
     "UNet2DModel",
     "bundled",
 ]
+
+DOORS = ("image_processor", "optimization", "training_utils", "utils")  # where documentation finds its helpers
+__getattr__ = getter(__name__, __all__, DOORS)
 
 
 def bundled(name: str) -> Path:

@@ -4,7 +4,7 @@ import diffusers
 import torch
 import transformers
 
-import minidiff.loading
+import minidiff
 from weights_compat import TABLES
 from weights_compat.manifests import narrow, read_manifest
 

@@ -11,10 +11,10 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-
 from minidiff.config import ConfigError, LoadError
 from minidiff.tokenizer import CLIPTokenizer, TokenizerConfig
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
 from weights_compat.clip_vocabulary import clip_vocabulary, write_clip_tokenizer
 
 CONFIG, MAP, VOCAB, MERGES = "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"

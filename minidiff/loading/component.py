@@ -17,7 +17,9 @@ from weights_compat.rules import Table
 
 from .config import Config, ConfigError, LoadError, read_json, write_json
 from .hub import check_path, fetch
+from .push import Pushable
 from .save import replacing, write_tensors
+from .switches import Switches
 from .weights import Files, check_variant, read_weights, wanted, which_files
 
 FORMAT_VERSION = "0.42.0"  # of diffusers, whose folder layout this is
@@ -25,7 +27,7 @@ FORMAT_VERSION = "0.42.0"  # of diffusers, whose folder layout this is
 REGISTRY: dict[str, type["Component"]] = {}  # by the class names that folders give
 
 
-class Component:
+class Component(Pushable):
     """What has a folder, or a part of one: `from_pretrained` and `save_pretrained`.
 
     A subclass says its `library` in model_index.json, other class names that it answers to (`aliases`), and the
@@ -147,7 +149,7 @@ class Configured(Component, abstract=True):
             raise ConfigError(f"{cls.__name__} has no {min(unknown)}; its keys: {known}")
 
 
-class Model(Configured, nn.Module, abstract=True):
+class Model(Configured, Switches, nn.Module, abstract=True):
     """A network with a config. It holds weights alone, and lives where and in what dtype its parameters do."""
 
     table: ClassVar[Table]  # the Hub's names of its tensors, and ours
