@@ -39,7 +39,7 @@ def denoise(
     """
     scheduler, device = run.scheduler, tensors["latents"].device
     options = accepted(type(scheduler).step, step_options)
-    finite = []
+    run._num_timesteps, finite = len(timesteps), []
     for i, (t, t_on_device) in enumerate(zip(run.progress_bar(timesteps), timesteps.to(device), strict=True)):
         if run.interrupt:
             break
