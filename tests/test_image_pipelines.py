@@ -222,7 +222,7 @@ def test_inpaint_bad_arguments(inpaint, arguments, message):
 
 
 def test_nine_channels_are_for_inpainting(folders):
-    with pytest.raises(ValueError, match="9 input channels.*takes 4.*StableDiffusionInpaintPipeline"):
+    with pytest.raises(ValueError, match=r"9 input channels.*takes 4.*StableDiffusionInpaintPipeline"):
         load(minidiff, folders[9], "StableDiffusionImg2ImgPipeline")
     assert type(minidiff.DiffusionPipeline.from_pretrained(folders[9], safety_checker=None)).__name__.endswith(
         "InpaintPipeline"
