@@ -12,7 +12,15 @@ from .models import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
+from .pipelines import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    PNDMPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 __version__ = "0.1.0"
@@ -32,6 +40,8 @@ __all__ = [
     "LoadError",
     "PNDMPipeline",
     "PNDMScheduler",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
     "UNet2DConditionModel",
     "UNet2DModel",

@@ -2,8 +2,18 @@
 
 from ..missing import getter
 from .base import DiffusionPipeline
+from .image_to_image import StableDiffusionImg2ImgPipeline
+from .inpaint import StableDiffusionInpaintPipeline
 from .text_to_image import StableDiffusionPipeline
 from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
 
-__all__ = ["DDIMPipeline", "DDPMPipeline", "DiffusionPipeline", "PNDMPipeline", "StableDiffusionPipeline"]
+__all__ = [
+    "DDIMPipeline",
+    "DDPMPipeline",
+    "DiffusionPipeline",
+    "PNDMPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionPipeline",
+]
 __getattr__ = getter(__name__, __all__)
