@@ -26,7 +26,7 @@ SPATIAL_TRANSFORMER = [
     ("transformer_blocks.{}.ff.net.2", "blocks.{}.ff.proj_out"),
 ]
 
-TIME_MLP = [("linear_1", "fc1"), ("linear_2", "fc2")]
+TIME_MLP = [("linear_1", "fc1"), ("linear_2", "fc2"), ("cond_proj", "cond")]
 
 PLACES = [("down_blocks.{}", "down.{}"), ("mid_block", "mid"), ("up_blocks.{}", "up.{}")]
 
@@ -38,8 +38,11 @@ def unet(attention: list[tuple[str, str]]) -> list[tuple[str, str]]:
     for hub, ours in PLACES:
         rows += nested(f"{hub}.resnets.{{}}", f"{ours}.resnets.{{}}", RESNET)
         rows += nested(f"{hub}.attentions.{{}}", f"{ours}.attentions.{{}}", attention)
-    rows += [("down_blocks.{}.downsamplers.0.conv", "down.{}.downsample.conv")]
-    rows += [("up_blocks.{}.upsamplers.0.conv", "up.{}.upsample.conv")]
+    for hub, ours in (
+        ("down_blocks.{}.downsamplers.0", "down.{}.downsample"),
+        ("up_blocks.{}.upsamplers.0", "up.{}.upsample"),
+    ):
+        rows += nested(hub, ours, [*same("conv"), *RESNET])
     return rows
 
 
@@ -48,7 +51,7 @@ def pixel_attention_2022(places: list[str]) -> list[tuple[str, str]]:
 
 
 UNET_2D = Table(
-    unet(PIXEL_ATTENTION),
+    unet(PIXEL_ATTENTION) + same("class_embedding") + nested("class_embedding", "class_embedding", TIME_MLP),
     aliases=pixel_attention_2022([f"{hub}.attentions.{{}}" for hub, _ in PLACES]),
 )
 
