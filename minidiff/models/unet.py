@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D, UNET_2D_CONDITION
 
-from ..loading.component import Model
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
+from ..loading.model import Model
 from ..outputs import output
 
 

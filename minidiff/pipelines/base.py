@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..loading.arguments import DOWNLOADS, LOADING, SAVING, check_keywords, one_device
 from ..loading.component import Component
 from ..loading.config import LoadError, read_json
 from ..loading.folder import load_components, save_components, wanted_by_pipeline
 from ..loading.hub import fetch
+from ..loading.save import INDEX, reading
 from ..loading.weights import which_files
 from ..outputs import output
 from .memory import MemorySwitches
@@ -80,53 +82,61 @@ class DiffusionPipeline(Runs, MemorySwitches):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        **components: Any,
+        device_map: str | torch.device | None = None,
+        **keywords: Any,
     ) -> Self:
         """The pipeline in a folder or Hub repository. `DiffusionPipeline` itself picks the class that the folder names.
 
-        `components` given by name are taken instead of the folder's (`unet=my_unet`, `safety_checker=None`); they
-        aren't read or downloaded. The other arguments are those of `minidiff.loading.load_component`.
+        Components given by name are taken instead of the folder's (`unet=my_unet`, `safety_checker=None`); they
+        aren't read or downloaded. The other arguments are those of a component's `from_pretrained`.
 
         Raises LoadError for a missing or damaged file, ConfigError for a key or value in one that isn't supported,
-        TypeError for the name of a component that the pipeline doesn't have.
+        TypeError for an argument that is neither known nor a component of the pipeline.
         """
-        files = which_files(dtype or torch_dtype, variant, use_safetensors)
+        files, device = which_files(dtype or torch_dtype, variant, use_safetensors), one_device(device_map)
+        hub = {name: keywords.pop(name) for name in DOWNLOADS if name in keywords}
+        given = {name: value for name, value in keywords.items() if name not in LOADING}
 
         def wanted(names: list[str]) -> list[str]:
-            return wanted_by_pipeline(names, files, {*components, *LEFT_OUT})
+            return wanted_by_pipeline(names, files, {*given, *LEFT_OUT})
 
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        folder = fetch(pretrained_model_name_or_path, wanted, "model_index.json", **hub)
-        index_file = folder / "model_index.json"
-        if cls is DiffusionPipeline:
-            cls = _class_named(read_json(index_file).get("_class_name"), str(index_file))
-        parameters = inspect.signature(cls).parameters
-        if unknown := components.keys() - parameters.keys():
-            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
-        left_out = {kind for kinds in LEFT_OUT.values() for kind in kinds}
-        found = load_components(index_file, components, files, tuple(parameters), cls.setting_names, left_out)
-        found |= components
+        folder = fetch(pretrained_model_name_or_path, wanted, INDEX, **hub)
+        index_file = folder / INDEX
+        with reading(folder):
+            if cls is DiffusionPipeline:
+                cls = _class_named(read_json(index_file).get("_class_name"), str(index_file))
+            parameters = inspect.signature(cls).parameters
+            arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
+            check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
+            left_out = {kind for kinds in LEFT_OUT.values() for kind in kinds}
+            found = load_components(index_file, given, files, tuple(parameters), cls.setting_names, left_out)
+        found |= given
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
         if missing := [name for name in required if found.get(name) is None]:
             raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
-        return cls(**found)
+        pipe = cls(**found)
+        return pipe.to(device) if device else pipe
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, variant: str | None = None, safe_serialization: bool = True
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        max_shard_size: int | str | None = None,
+        **keywords: Any,
     ) -> None:
         """Writes a folder that this and the reference's `from_pretrained` load. Other files in it stay.
 
-        The folder holds the whole pipeline afterwards, or, if anything fails on the way, what it held before.
+        The folder holds the whole pipeline afterwards, or, if anything fails on the way, what it held before. Weights
+        larger than `max_shard_size` (bytes, or "5GB"; "10GB" if None) are written in shards.
         """
-        options = {"variant": variant, "safe_serialization": safe_serialization}
+        options = {"variant": variant, "safe_serialization": safe_serialization, "max_shard_size": max_shard_size}
+        check_keywords(keywords, SAVING, type(self).__name__, ("save_directory", *options))
         settings = {name: getattr(self, name) for name in self.setting_names}
         save_components(self.components, settings, type(self).__name__, save_directory, **options)
 
