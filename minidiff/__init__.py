@@ -6,9 +6,13 @@ from .loading.config import ConfigError, LoadError
 from .missing import getter
 from .models import (
     AutoencoderKL,
+    CLIPImageProcessor,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    StableDiffusionSafetyChecker,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -27,9 +31,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderKL",
+    "CLIPImageProcessor",
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
     "CLIPTokenizer",
+    "CLIPVisionModel",
+    "CLIPVisionModelWithProjection",
     "ConfigError",
     "DDIMPipeline",
     "DDIMScheduler",
@@ -43,6 +50,7 @@ __all__ = [
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
     "UNet2DModel",
     "bundled",
