@@ -4,6 +4,7 @@ A call of any of them: its arguments are checked, the timesteps laid (`plan`), t
 the first latents made; then comes THE loop (`denoise`), and the pictures (`finish`). What differs stands in each file.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -58,6 +59,7 @@ class StableDiffusion(DiffusionPipeline):
     # Folders from 2022 lack keys of the scheduler, whose defaults are wrong for Stable Diffusion. The reference mends
     # them too
     scheduler_mends: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+    mends_sample_size: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -108,6 +110,8 @@ class StableDiffusion(DiffusionPipeline):
         config = self.scheduler.config
         if mended := {key: to for key, to in self.scheduler_mends.items() if config.get(key, to) != to}:
             self.scheduler = type(self.scheduler).from_config({**config.explicit(), **mended})
+        if self.mends_sample_size:
+            mend_sample_size(self.unet)
         self.vae_scale_factor = self.vae.factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -230,3 +234,10 @@ def check_call(
     if count < 1:
         raise ValueError(f"num_images_per_prompt={count} must be 1 or more")
     return count
+
+
+def mend_sample_size(unet: UNet2DConditionModel) -> None:
+    """The UNets of 2022 were trained at 64, whatever their configs say: from diffusers 0.9 on they say it."""
+    config, old = unet.config, re.match(r"(\d+)\.(\d+)", unet.config.version)
+    if old and (int(old[1]), int(old[2])) < (0, 9) and isinstance(config.sample_size, int) and config.sample_size < 64:
+        unet.config = type(config).read({**config.explicit(), "sample_size": 64})
