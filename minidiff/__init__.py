@@ -17,19 +17,29 @@ from .models import (
     UNet2DModel,
 )
 from .pipelines import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
     DDIMPipeline,
     DDPMPipeline,
     DiffusionPipeline,
     PNDMPipeline,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionImageVariationPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
 )
 from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "AutoencoderKL",
     "CLIPImageProcessor",
     "CLIPTextModel",
@@ -47,10 +57,14 @@ __all__ = [
     "LoadError",
     "PNDMPipeline",
     "PNDMScheduler",
+    "StableDiffusionDepth2ImgPipeline",
+    "StableDiffusionImageVariationPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionPipeline",
     "StableDiffusionSafetyChecker",
+    "StableDiffusionUpscalePipeline",
     "UNet2DConditionModel",
     "UNet2DModel",
     "bundled",

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .component import FORMAT_VERSION, REGISTRY, Component, check_save
@@ -33,9 +34,9 @@ def load_components(
     given: Mapping[str, Any],
     files: Files,
     expected: Collection[str],
-    settings: Collection[str],
+    settings: Mapping[str, type],
 ) -> dict[str, Any]:
-    """What `model_index.json` names: components, and `settings`, which stand there as they are.
+    """What `model_index.json` names: components, and `settings` (their types by name), which stand there as they are.
 
     Those `given` aren't read. Raises LoadError for a name that isn't `expected`, and for an unknown class.
     """
@@ -47,8 +48,9 @@ def load_components(
         if name not in expected:
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
         if name in settings:
-            if not isinstance(spec, bool | None):
-                raise LoadError(f"{index_file}: {name}={spec!r} must be true or false")
+            if type(spec) not in (settings[name], NoneType):
+                must = "true or false" if settings[name] is bool else f"a {settings[name].__name__}"
+                raise LoadError(f"{index_file}: {name}={spec!r} must be {must}")
             components[name] = spec
         elif spec == [None, None]:
             components[name] = None

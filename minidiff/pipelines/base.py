@@ -67,6 +67,12 @@ class DiffusionPipeline(Runs, MemorySwitches):
                 raise TypeError(f"{name} must be a {expected}, but is {component!r:.100}")
             setattr(self, name, component)
 
+    @classmethod
+    def settings(cls) -> dict[str, type]:
+        """The kinds of the settings, by name."""
+        hints = get_type_hints(cls.__init__)
+        return {name: hints[name] for name in cls.setting_names}
+
     @property
     def components(self) -> dict[str, Any]:
         """All components by name. `OtherPipeline(**pipe.components)` shares them, without a copy."""
@@ -107,13 +113,40 @@ class DiffusionPipeline(Runs, MemorySwitches):
             parameters = inspect.signature(cls).parameters
             arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
             check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
-            found = load_components(index_file, given, files, tuple(parameters), cls.setting_names)
+            found = load_components(index_file, given, files, tuple(parameters), cls.settings())
         found |= given
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
         if missing := [name for name in required if found.get(name) is None]:
             raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
         pipe = cls(**found)
         return pipe.to(device) if device else pipe
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: "DiffusionPipeline",
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **given: Any,
+    ) -> Self:
+        """This pipeline with the components and settings of another one: shared, no copy. `given` go before them.
+
+        A `dtype` converts the models, which the other pipeline has too. (The reference converts to float32 without.)
+
+        Raises TypeError for what the pipeline doesn't have, ValueError for what it needs and the other hasn't.
+        """
+        parameters = inspect.signature(cls).parameters
+        if unknown := given.keys() - parameters.keys():
+            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
+        settings = {name: getattr(pipeline, name) for name in pipeline.setting_names}
+        found = {name: part for name, part in (pipeline.components | settings).items() if name in parameters} | given
+        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        if missing := [name for name in required if found.get(name) is None]:
+            raise ValueError(f"a {type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs")
+        made = cls(**found)
+        made._hooks, made._offload_device = pipeline._hooks, pipeline._offload_device
+        return made.to(dtype or torch_dtype) if dtype or torch_dtype else made
 
     def save_pretrained(
         self,
