@@ -22,7 +22,6 @@ REASONS = {
     "Flux Diffusion3 SD3 DiT Transformer PixArt Sana Qwen Lumina AuraFlow Chroma HiDream Cosmos Kolors ZImage": OTHERS,
     "Kandinsky UnCLIP Wuerstchen Cascade Shap IFPipeline IFImg IFIn Amused VQ LDM Latte Paint Marigold BLIP": OTHERS,
     "XL": "UNet2DConditionModel, AutoencoderKL and CLIPTextModelWithProjection run the networks of XL",
-    "SafetyChecker": "minidiff looks at no pictures; a folder that names a safety checker loads without it",
     "Autoencoder": "of autoencoders minidiff has AutoencoderKL, that of Stable Diffusion",
 }
 KINDS = ("Pipeline", "Scheduler", "Model", "Output", "Tokenizer")

@@ -26,7 +26,7 @@ SPATIAL_TRANSFORMER = [
     ("transformer_blocks.{}.ff.net.2", "blocks.{}.ff.proj_out"),
 ]
 
-TIME_MLP = [("linear_1", "fc1"), ("linear_2", "fc2")]
+TIME_MLP = [("linear_1", "fc1"), ("linear_2", "fc2"), ("cond_proj", "cond")]
 
 PLACES = [("down_blocks.{}", "down.{}"), ("mid_block", "mid"), ("up_blocks.{}", "up.{}")]
 
@@ -35,11 +35,15 @@ def unet(attention: list[tuple[str, str]]) -> list[tuple[str, str]]:
     rows = same("conv_in", "conv_out")
     rows += [("conv_norm_out", "norm_out")]
     rows += nested("time_embedding", "time_mlp", TIME_MLP)
+    rows += [*same("class_embedding"), *nested("class_embedding", "class_embedding", TIME_MLP)]
     for hub, ours in PLACES:
         rows += nested(f"{hub}.resnets.{{}}", f"{ours}.resnets.{{}}", RESNET)
         rows += nested(f"{hub}.attentions.{{}}", f"{ours}.attentions.{{}}", attention)
-    rows += [("down_blocks.{}.downsamplers.0.conv", "down.{}.downsample.conv")]
-    rows += [("up_blocks.{}.upsamplers.0.conv", "up.{}.upsample.conv")]
+    for hub, ours in (
+        ("down_blocks.{}.downsamplers.0", "down.{}.downsample"),
+        ("up_blocks.{}.upsamplers.0", "up.{}.upsample"),
+    ):
+        rows += nested(hub, ours, [*same("conv"), *RESNET])
     return rows
 
 

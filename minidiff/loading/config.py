@@ -77,12 +77,14 @@ class Config(Mapping):
     `fixed` are the keys that are known at one value alone: a value, or a `Literal` whose first one is the default.
     `given` are the keys that were named rather than defaulted: only those travel to a class with other defaults.
     `extra` are keys that another class reads; they are kept, so that swapping a scheduler back restores them.
+    `version` is that of the library that wrote the file, if it says so: files from 2022 need mending.
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {}
     inert: ClassVar[Mapping[str, str]] = {}
     given: ClassVar[frozenset[str]] = frozenset()
     extra: ClassVar[Mapping[str, Any]] = {}
+    version: ClassVar[str] = ""
 
     def __post_init__(self):
         for key, hint in _hints(type(self)).items():
@@ -97,7 +99,7 @@ class Config(Mapping):
 
         Keys that start with an underscore describe the file rather than the object and are left out.
         """
-        where = where or cls.__name__
+        where, version = where or cls.__name__, str(values.get("_diffusers_version", ""))
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         known = _hints(cls).keys()
         extra = {key: value for key, value in values.items() if key not in known}
@@ -116,6 +118,7 @@ class Config(Mapping):
             raise ConfigError(f"{where}: {error}") from None
         object.__setattr__(config, "given", frozenset(given))
         object.__setattr__(config, "extra", extra)
+        object.__setattr__(config, "version", version)
         return config
 
     @classmethod

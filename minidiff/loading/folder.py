@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .component import FORMAT_VERSION, REGISTRY, Component, check_save
@@ -33,15 +34,13 @@ def load_components(
     given: Mapping[str, Any],
     files: Files,
     expected: Collection[str],
-    settings: Collection[str],
-    left_out: Collection[str],
+    settings: Mapping[str, type],
 ) -> dict[str, Any]:
-    """What `model_index.json` names: components, and `settings`, which stand there as they are.
+    """What `model_index.json` names: components, and `settings` (their types by name), which stand there as they are.
 
-    Those `given` aren't read; those of the classes `left_out` become None, with a warning. Raises LoadError for a name
-    that isn't `expected`, and for an unknown class.
+    Those `given` aren't read. Raises LoadError for a name that isn't `expected`, and for an unknown class.
     """
-    components, without = {}, []
+    components: dict[str, Any] = {}
     to_read: dict[str, type[Component]] = {}
     for name, spec in read_json(index_file).items():
         if name.startswith("_") or name in given:
@@ -51,19 +50,20 @@ def load_components(
                 continue
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
         if name in settings:
-            if not isinstance(spec, bool | None):
-                raise LoadError(f"{index_file}: {name}={spec!r} must be true or false")
+            if type(spec) not in (settings[name], NoneType):
+                must = "true or false" if settings[name] is bool else f"a {settings[name].__name__}"
+                raise LoadError(f"{index_file}: {name}={spec!r} must be {must}")
             components[name] = spec
         elif spec == [None, None]:
             components[name] = None
         elif not isinstance(spec, list) or len(spec) != 2 or not all(isinstance(part, str) for part in spec):
             raise LoadError(f"{index_file}: {name}={spec!r} must be [library, class] or [null, null]")
-        elif spec[1] in left_out:
-            components[name] = None
-            without.append(f"{name} ({spec[1]})")
         elif spec[1] not in REGISTRY:
             supported = ", ".join(sorted(REGISTRY))
-            raise LoadError(f"{index_file}: {name} has the unknown class {spec[1]!r}; supported: {supported}")
+            raise LoadError(
+                f"{index_file}: {name} has the unknown class {spec[1]!r}; supported: {supported}. What {spec[0]} loads"
+                f" can be given: from_pretrained(..., {name}=...)"
+            )
         else:
             to_read[name] = REGISTRY[spec[1]]
     root = index_file.parent
@@ -79,8 +79,6 @@ def load_components(
             warnings.warn(f"{folder}: has no variant {files.variant!r}; its other weights are loaded", stacklevel=3)
             chosen = files._replace(variant=None)
         components[name] = cls.read_from(folder, chosen)
-    if without:
-        warnings.warn(f"Loaded as None, since minidiff doesn't have them yet: {', '.join(without)}", stacklevel=3)
     return components
 
 

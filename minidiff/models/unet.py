@@ -9,8 +9,9 @@ Read from top to bottom: small blocks first, the models last. B is the batch, C 
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D, UNET_2D_CONDITION
 
-from ..loading.config import MAX_LEVELS, Config, Depth, Width
+from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
 from ..loading.model import Model
 from ..outputs import output
 
@@ -46,34 +47,65 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
 
 
 class TimeMLP(nn.Module):
-    """Turns the waves of `timestep_embedding` into what the residual blocks read."""
+    """Turns the waves of `timestep_embedding` into what the residual blocks read.
 
-    def __init__(self, dim_in: int, dim: int):
+    With `cond_dim` more may join the waves: the guidance scale, in latent consistency models.
+    """
+
+    def __init__(self, dim_in: int, dim: int, cond_dim: int | None = None):
         super().__init__()
+        self.cond = nn.Linear(cond_dim, dim_in, bias=False) if cond_dim else None
         self.fc1 = nn.Linear(dim_in, dim)
         self.fc2 = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        x = x if cond is None else x + self.cond(cond)
         return self.fc2(F.silu(self.fc1(x)))
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with a shortcut; the timestep is added between them. Without `time_dim` (VAE) it isn't."""
+    """Two convolutions with a shortcut; the timestep comes between them. Without `time_dim` (VAE) it doesn't.
 
-    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_dim: int | None = None):
+    The timestep is added, or with `scale_shift` it stretches and shifts what is normed (Diffusion models beat GANs on
+    image synthesis, arXiv 2105.05233, section 3). `resample` changes the size on both paths; `scale` divides their sum.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        groups: int,
+        eps: float,
+        time_dim: int | None = None,
+        *,
+        groups_out: int | None = None,
+        scale_shift: bool = False,
+        dropout: float = 0.0,
+        resample: Callable[[Tensor], Tensor] | None = None,
+        scale: float = 1.0,
+    ):
         super().__init__()
+        self.scale_shift, self.resample, self.scale = scale_shift, resample, scale
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_proj = nn.Linear(time_dim, c_out) if time_dim else None
-        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.time_proj = nn.Linear(time_dim, 2 * c_out if scale_shift else c_out) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups_out or groups, c_out, eps)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_in, H, W) -> (B, c_out, H, W)
-        if self.time_proj is not None:
-            h = h + self.time_proj(F.silu(temb))[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv1(h)  # (B, c_in, H, W) -> (B, c_out, H, W)
+        t = None if self.time_proj is None else self.time_proj(F.silu(temb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = t.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h if t is None else h + t)
+        return (self.skip(x) + self.conv2(self.dropout(F.silu(h)))) / self.scale
 
 
 class Downsample(nn.Module):
@@ -88,7 +120,7 @@ class Downsample(nn.Module):
         self.padding = padding
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: None = None) -> Tensor:  # a residual block in its place reads temb
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -102,6 +134,16 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         H, W = x.shape[-2:]
         return self.conv(F.interpolate(x, size=size or (2 * H, 2 * W), mode="nearest"))
+
+
+def halved(x: Tensor) -> Tensor:
+    """Half the height and width: the mean of four pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Twice the height and width: each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Attention(nn.Module):
@@ -121,15 +163,19 @@ class Attention(nn.Module):
 
 
 class PixelAttention(Attention):
-    """Self-attention over the pixels of a feature map: the DDPM paper's block, which the VAE has too."""
+    """Self-attention over the pixels of a feature map: the DDPM paper's block, which the VAE has too.
 
-    def __init__(self, channels: int, heads: int, groups: int, eps: float):
+    Without `groups` there is no norm; `scale` divides the sum of both paths.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int | None, eps: float, scale: float = 1.0):
         super().__init__(channels, heads, bias=True)
-        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.norm = nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
+        self.scale = scale
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         tokens = self.norm(x.flatten(2)).transpose(1, 2)  # (B, C, H, W) -> (B, C, H*W) -> (B, H*W, C)
-        return super().forward(tokens).transpose(1, 2).reshape(x.shape) + x
+        return (super().forward(tokens).transpose(1, 2).reshape(x.shape) + x) / self.scale
 
 
 class FeedForward(nn.Module):
@@ -146,17 +192,20 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, heads: int, context_dim: int):
+    """Pixels look at each other, then at the text; with `only_cross` at the text twice (the x4 upscaler)."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, only_cross: bool = False):
         super().__init__()
+        self.only_cross = only_cross
         self.self_norm = nn.LayerNorm(dim)
-        self.self_attention = Attention(dim, heads)
+        self.self_attention = Attention(dim, heads, context_dim if only_cross else None)
         self.cross_norm = nn.LayerNorm(dim)
         self.cross_attention = Attention(dim, heads, context_dim)
         self.ff_norm = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.self_attention(self.self_norm(x))
+        x = x + self.self_attention(self.self_norm(x), context if self.only_cross else None)
         x = x + self.cross_attention(self.cross_norm(x), context)
         return x + self.ff(self.ff_norm(x))
 
@@ -164,13 +213,22 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer over pixels that reads the text (High-resolution image synthesis with latent diffusion, 3.3)."""
 
-    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        depth: int,
+        context_dim: int,
+        groups: int,
+        linear: bool,
+        only_cross: bool = False,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         # A 1x1 convolution and a linear layer over tokens are the same map: SD 1 has the first, SD 2 and XL the second
         self.linear = linear
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, only_cross) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -188,7 +246,9 @@ class SpatialTransformer(nn.Module):
 class DownBlock(nn.Module):
     """One level on the way down: residual blocks, attention after each where the level has it, then half the size."""
 
-    def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module], downsample: Downsample | None):
+    def __init__(
+        self, resnets: list[ResnetBlock], attentions: list[nn.Module], downsample: Downsample | ResnetBlock | None
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)  # empty, or one for each resnet
@@ -203,12 +263,12 @@ class DownBlock(nn.Module):
                 x = self.attentions[i](x, context)
             outputs.append(x)
         if self.downsample is not None:
-            outputs.append(self.downsample(x))
+            outputs.append(self.downsample(x, temb))
         return outputs
 
 
 class MidBlock(nn.Module):
-    """The middle, where pixels are fewest: residual block, attention, residual block."""
+    """The middle, where pixels are fewest: residual block, attention, residual block; or the first of them alone."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module]):
         super().__init__()
@@ -219,13 +279,17 @@ class MidBlock(nn.Module):
         x = self.resnets[0](x, temb)
         for attention in self.attentions:
             x = attention(x, context)
-        return self.resnets[1](x, temb)
+        for resnet in self.resnets[1:]:
+            x = resnet(x, temb)
+        return x
 
 
 class UpBlock(nn.Module):
     """One level on the way up: each residual block first takes one skip connection, the last one first."""
 
-    def __init__(self, resnets: list[ResnetBlock], attentions: list[nn.Module], upsample: Upsample | None):
+    def __init__(
+        self, resnets: list[ResnetBlock], attentions: list[nn.Module], upsample: Upsample | ResnetBlock | None
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)  # empty, or one for each resnet
@@ -244,6 +308,8 @@ class UpBlock(nn.Module):
             x = resnet(torch.cat([x, skip], dim=1), temb)  # (B, C + C_skip, H, W) -> (B, C, H, W)
             if self.attentions:
                 x = self.attentions[i](x, context)
+        if isinstance(self.upsample, ResnetBlock):  # twice the size always: UNet2DModel takes no odd ones
+            return self.upsample(x, temb)
         return x if self.upsample is None else self.upsample(x, size)
 
 
@@ -270,6 +336,12 @@ class UNetConfig(Config):
     downsample_padding: Literal[0, 1] = 1
     norm_num_groups: Width = 32
     norm_eps: float = 1e-5
+    dropout: Share = 0.0  # in training alone
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    time_embedding_dim: Width | None = None  # None: four times the first level's channels
+    mid_block_type: str | None  # None: there is no middle (BK-SDM)
+    class_embed_type: str | None = None  # what class_labels are: "timestep" numbers, "identity" or "projection" vectors
+    num_class_embeds: Width | None = None  # read without a class_embed_type: a vector for each class
 
     def __post_init__(self):
         super().__post_init__()
@@ -282,10 +354,16 @@ class UNetConfig(Config):
         for key in ("down_block_types", "up_block_types"):
             self.require(len(self[key]) == levels, key, f"name {levels} blocks, one for each of block_out_channels")
 
-    def per_level(self, key: str) -> tuple[int, ...]:
-        """A key that is one number for all levels, or a list with one for each."""
+    @property
+    def time_dim(self) -> int:
+        """Of what the residual blocks read of the timestep."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def per_level(self, key: str) -> tuple[Any, ...]:
+        """A key that is one value for all levels, or a list with one for each."""
         levels = len(self.block_out_channels)
-        values = self[key] if isinstance(self[key], tuple) else (self[key],) * levels
+        value = getattr(self, key)
+        values = value if isinstance(value, tuple) else (value,) * levels
         self.require(len(values) == levels, key, f"have {levels} values, one for each of block_out_channels")
         return values
 
@@ -302,15 +380,28 @@ class UNet2DConfig(UNetConfig):
 
     in_channels: Width = 3
     out_channels: Width = 3
-    down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D"], ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
-    up_block_types: tuple[Literal["UpBlock2D", "AttnUpBlock2D"], ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")
+    down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], ...] = (
+        "DownBlock2D",
+        *["AttnDownBlock2D"] * 3,
+    )
+    up_block_types: tuple[Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], ...] = (
+        *["AttnUpBlock2D"] * 3,
+        "UpBlock2D",
+    )
     block_out_channels: tuple[Width, ...] = (224, 448, 672, 896)
+    downsample_type: Literal["conv", "resnet"] = "conv"  # of the levels with attention; others say it in their name
+    upsample_type: Literal["conv", "resnet"] = "conv"
+    mid_block_type: Literal["UNetMidBlock2D", None] = "UNetMidBlock2D"
     attention_head_dim: Width | None = 8  # channels of a head; None: one head
     add_attention: bool = True  # in the middle
+    attn_norm_num_groups: Width | None = None  # there too; None: as the other norms, or with scale_shift no norm
+    class_embed_type: Literal["timestep", "identity", None] = None
 
     def __post_init__(self):
         super().__post_init__()
-        width, levels = self.attention_head_dim, self.attending(self.add_attention)
+        groups, last = self.attn_norm_num_groups or 1, self.block_out_channels[-1]
+        self.require(last % groups == 0, "attn_norm_num_groups", f"divide the last of block_out_channels, {last}")
+        width, levels = self.attention_head_dim, self.attending(self.add_attention and bool(self.mid_block_type))
         fits = width is None or all(self.block_out_channels[level] % width == 0 for level in levels)
         self.require(fits, "attention_head_dim", "divide the block_out_channels of every level with attention")
 
@@ -325,9 +416,14 @@ class UNet2DConditionConfig(UNetConfig):
     )
     up_block_types: tuple[Literal["UpBlock2D", "CrossAttnUpBlock2D"], ...] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
     block_out_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
-    cross_attention_dim: Width = 1280
-    transformer_layers_per_block: Depth | tuple[Depth, ...] = 1
+    layers_per_block: Depth | tuple[Depth, ...] = 2
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None] = "UNetMidBlock2DCrossAttn"
+    cross_attention_dim: Width | tuple[Width, ...] = 1280
+    # By level, and within a level by layer (SSD-1B); on the way up then as in `reverse_...`, the lowest level first
+    transformer_layers_per_block: Depth | tuple[Depth | tuple[Depth, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[Depth | tuple[Depth, ...], ...] | None = None
     attention_head_dim: Width | tuple[Width, ...] = 8  # the NUMBER of heads: an old misnomer that checkpoints keep
+    only_cross_attention: bool | tuple[bool, ...] = False  # by level: pixels don't look at each other
     use_linear_projection: bool = False
     # SD 2.1 asks for attention in float32. Here, as in the reference, scaled_dot_product_attention is taken all the
     # same: its softmax runs in float32 inside
@@ -335,72 +431,123 @@ class UNet2DConditionConfig(UNetConfig):
     addition_embed_type: Literal["text_time", None] = None  # XL: pooled text, sizes and crops join the timestep
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    class_embed_type: Literal["timestep", "identity", "projection", "simple_projection", None] = None
+    time_cond_proj_dim: Width | None = None  # latent consistency models: waves of the guidance scale
 
     def __post_init__(self):
         super().__post_init__()
-        self.per_level("transformer_layers_per_block")
+        self.per_level("cross_attention_dim")
+        self.per_level("only_cross_attention")
+        layers, nested = self.per_level("layers_per_block"), False
+        for key, more in (("transformer_layers_per_block", 0), ("reverse_transformer_layers_per_block", 1)):
+            for depths, count in zip(self.per_level(key), layers[::-1] if more else layers, strict=True):
+                fits = not isinstance(depths, tuple) or len(depths) == count + more
+                self.require(fits, key, "have a number for each layer of a level (and on the way up one more)")
+                nested |= isinstance(depths, tuple)
+        given = not nested or self.reverse_transformer_layers_per_block is not None
+        self.require(given, "reverse_transformer_layers_per_block", "be given where depths differ within a level")
         heads, widths = self.per_level("attention_head_dim"), self.block_out_channels
-        fits = all(widths[level] % heads[level] == 0 for level in self.attending())
+        levels = self.attending(self.mid_block_type == "UNetMidBlock2DCrossAttn")
+        fits = all(widths[level] % heads[level] == 0 for level in levels)
         self.require(fits, "attention_head_dim", "divide block_out_channels level by level: it is the number of heads")
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             fits = self.addition_embed_type is None or 2 * self.freq_shift < (self[key] or 0) <= 2**20
             self.require(fits, key, f'lie between 2 * freq_shift and {2**20}, for addition_embed_type="text_time"')
+        projected = self.class_embed_type in ("projection", "simple_projection")
+        fits = not projected or 0 < (self.projection_class_embeddings_input_dim or 0) <= 2**20
+        self.require(fits, "projection_class_embeddings_input_dim", "be given, for this class_embed_type")
+
+    def depth(self, level: int, layer: int, up: bool) -> int:
+        """How many transformer blocks come after a layer."""
+        depths = self.per_level("transformer_layers_per_block")
+        if up and self.reverse_transformer_layers_per_block is not None:
+            depths = self.reverse_transformer_layers_per_block[::-1]
+        return depths[level][layer] if isinstance(depths[level], tuple) else depths[level]
 
 
 class UNet(Model, abstract=True):
     """What both networks share: the whole path from noisy sample to predicted noise. Subclasses name the attention."""
 
     def build(self, c: UNetConfig) -> None:
-        widths, groups, eps = c.block_out_channels, c.norm_num_groups, c.norm_eps
-        time_dim = 4 * widths[0]
+        widths, layers = c.block_out_channels, c.per_level("layers_per_block")
         last = len(widths) - 1
 
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.time_mlp = TimeMLP(widths[0], time_dim)
+        self.time_mlp = TimeMLP(widths[0], c.time_dim, c.get("time_cond_proj_dim"))
+        self.class_embedding = self.make_class_embedding()
 
         self.down = nn.ModuleList()
         skips = [widths[0]]  # channels of every skip connection, in the order in which they are made
         for level, (kind, width) in enumerate(zip(c.down_block_types, widths, strict=True)):
             resnets, attentions = [], []
-            for i in range(c.layers_per_block):
-                resnets.append(ResnetBlock(width if i else skips[-1], width, groups, eps, time_dim))
+            for i in range(layers[level]):
+                resnets.append(self.make_resnet(width if i else skips[-1], width))
                 if "Attn" in kind:
-                    attentions.append(self.make_attention(level))
+                    attentions.append(self.make_attention(level, i))
                 skips.append(width)
-            downsample = Downsample(width, c.downsample_padding) if level < last else None
+            downsample = self.make_downsample(kind, width) if level < last else None
             skips += [width] if level < last else []
             self.down.append(DownBlock(resnets, attentions, downsample))
 
-        resnets = [ResnetBlock(widths[-1], widths[-1], groups, eps, time_dim) for _ in range(2)]
-        attentions = [self.make_attention(last)] if getattr(c, "add_attention", True) else []
-        self.mid = MidBlock(resnets, attentions)
+        self.mid = None if c.mid_block_type is None else self.make_middle(last)
 
         self.up = nn.ModuleList()
         c_in = widths[-1]
         for level, kind in zip(range(last, -1, -1), c.up_block_types, strict=True):
             resnets, attentions = [], []
-            for _ in range(c.layers_per_block + 1):  # one more than on the way down: for the level's input
-                resnets.append(ResnetBlock(c_in + skips.pop(), widths[level], groups, eps, time_dim))
+            for i in range(layers[level] + 1):  # one more than on the way down: for the level's input
+                resnets.append(self.make_resnet(c_in + skips.pop(), widths[level]))
                 if "Attn" in kind:
-                    attentions.append(self.make_attention(level))
+                    attentions.append(self.make_attention(level, i, up=True))
                 c_in = widths[level]
-            self.up.append(UpBlock(resnets, attentions, Upsample(c_in) if level else None))
+            self.up.append(UpBlock(resnets, attentions, self.make_upsample(kind, c_in) if level else None))
 
-        self.norm_out = nn.GroupNorm(groups, widths[0], eps)
+        self.norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+
+    def make_resnet(self, c_in: int, c_out: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResnetBlock:
+        c = self.config
+        scale_shift = c.resnet_time_scale_shift == "scale_shift"
+        options = {"scale_shift": scale_shift, "dropout": c.dropout, "resample": resample}
+        return ResnetBlock(c_in, c_out, c.norm_num_groups, c.norm_eps, c.time_dim, **options)
+
+    def make_class_embedding(self) -> nn.Module | None:
+        c = self.config
+        if c.class_embed_type is None:
+            return nn.Embedding(c.num_class_embeds, c.time_dim) if c.num_class_embeds else None
+        makes: dict[str, Callable[[], nn.Module]] = {
+            "timestep": lambda: TimeMLP(c.block_out_channels[0], c.time_dim),
+            "identity": nn.Identity,
+            "projection": lambda: TimeMLP(c.projection_class_embeddings_input_dim, c.time_dim),
+            "simple_projection": lambda: nn.Linear(c.projection_class_embeddings_input_dim, c.time_dim),
+        }
+        return makes[c.class_embed_type]()
+
+    def make_attention(self, level: int, layer: int, up: bool = False) -> nn.Module:
+        """The attention of one level: over pixels in UNet2DModel, a transformer that reads text in the other."""
+        raise NotImplementedError
+
+    def make_middle(self, level: int) -> MidBlock:
+        raise NotImplementedError
+
+    def make_downsample(self, kind: str, width: int) -> Downsample | ResnetBlock:
+        return Downsample(width, self.config.downsample_padding)
+
+    def make_upsample(self, kind: str, width: int) -> Upsample | ResnetBlock:
+        return Upsample(width)
 
     @property
     def factor(self) -> int:
         """How many pixels of the sample one in the middle spans, in height and in width."""
         return 2 ** (len(self.down) - 1)
 
-    def make_attention(self, level: int) -> nn.Module:
-        """The attention of one level: over pixels in UNet2DModel, a transformer that reads text in the other."""
-        raise NotImplementedError
-
-    def embed_timestep(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """(B, time_dim): one timestep for all samples, or one for each."""
+    def waves(self, t: Tensor) -> Tensor:
+        """Timesteps (B,) as waves, float32."""
         c = self.config
+        return timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+
+    def embed_timestep(self, sample: Tensor, timestep: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        """(B, time_dim): one timestep for all samples, or one for each."""
         if not isinstance(timestep, Tensor | numbers.Real):
             raise TypeError(f"timestep must be a number or a tensor, but is {timestep!r}")
         t = torch.as_tensor(timestep, device=sample.device)
@@ -408,8 +555,26 @@ class UNet(Model, abstract=True):
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, B)):
             raise ValueError(f"timestep has shape {tuple(t.shape)}; it must be one number or one for each sample")
         t = t.reshape(-1).expand(B)
-        waves = timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
-        return self.time_mlp(waves.to(sample.dtype))  # waves are float32; the network may not be
+        return self.time_mlp(self.waves(t).to(sample.dtype), cond)  # waves are float32; the network may not be
+
+    def embed_class(self, sample: Tensor, class_labels: Tensor | None) -> Tensor | float:
+        """(B, time_dim) of what each sample should be: a class, a number, or a vector. Else 0."""
+        c, B = self.config, sample.shape[0]
+        if (class_labels is None) != (self.class_embedding is None):
+            wants = "none, for this UNet has no classes"
+            wants = wants if self.class_embedding is None else "one for each sample: this UNet has classes"
+            raise ValueError(f"class_labels must be {wants}")
+        if class_labels is None:
+            return 0.0
+        labels, dim = torch.as_tensor(class_labels, device=sample.device), c.time_dim
+        if c.class_embed_type in ("projection", "simple_projection"):
+            dim = c.projection_class_embeddings_input_dim
+        shape = (B,) if c.class_embed_type in (None, "timestep") else (B, dim)
+        if labels.shape != shape:
+            raise ValueError(f"class_labels has shape {tuple(labels.shape)}, not {shape}")
+        if c.class_embed_type is None:
+            return self.class_embedding(labels)
+        return self.class_embedding((self.waves(labels) if labels.ndim == 1 else labels).to(sample.dtype))
 
     def denoise(self, sample: Tensor, temb: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
@@ -417,7 +582,7 @@ class UNet(Model, abstract=True):
         skips = [x]
         for block in self.down:
             skips += self.through(block, skips[-1], temb, context)
-        x = self.through(self.mid, skips[-1], temb, context)
+        x = skips[-1] if self.mid is None else self.through(self.mid, skips[-1], temb, context)
         for block in self.up:
             n = len(block.resnets)
             skips, taken = skips[:-n], skips[-n:]
@@ -443,29 +608,46 @@ class UNet2DModel(UNet):
     Config = UNet2DConfig
     table = UNET_2D
 
-    def make_attention(self, level: int) -> PixelAttention:
+    def make_attention(self, level: int, layer: int, up: bool = False) -> PixelAttention:
         c = self.config
         channels = c.block_out_channels[level]
         return PixelAttention(channels, channels // (c.attention_head_dim or channels), c.norm_num_groups, c.norm_eps)
 
+    def make_middle(self, level: int) -> MidBlock:
+        c, channels = self.config, self.config.block_out_channels[level]
+        resnets = [self.make_resnet(channels, channels) for _ in range(2)]
+        if not c.add_attention:
+            return MidBlock(resnets, [])
+        groups = c.attn_norm_num_groups or (c.norm_num_groups if c.resnet_time_scale_shift == "default" else None)
+        heads = channels // (c.attention_head_dim or channels)
+        return MidBlock(resnets, [PixelAttention(channels, heads, groups, c.norm_eps)])
+
+    def make_downsample(self, kind: str, width: int) -> Downsample | ResnetBlock:
+        if kind.startswith("Resnet") or ("Attn" in kind and self.config.downsample_type == "resnet"):
+            return self.make_resnet(width, width, halved)
+        return super().make_downsample(kind, width)
+
+    def make_upsample(self, kind: str, width: int) -> Upsample | ResnetBlock:
+        if kind.startswith("Resnet") or ("Attn" in kind and self.config.upsample_type == "resnet"):
+            return self.make_resnet(width, width, doubled)
+        return super().make_upsample(kind, width)
+
     def forward(
-        self, sample: Tensor, timestep: Tensor | float, class_labels: None = None, return_dict: bool = True
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNetOutput | tuple[Tensor]:
         """`sample` (B, in_channels, H, W) at `timestep`, () or (B,) -> `.sample` (B, out_channels, H, W).
 
         `timestep` may be a number too; a compiled network is compiled anew for each of those, but not for tensors.
 
-        H and W must be multiples of 2 ** (levels - 1), for the skip connections to meet. `class_labels` has its
-        place in the reference's signature; no supported checkpoint has classes.
+        H and W must be multiples of 2 ** (levels - 1), for the skip connections to meet. `class_labels`, where the
+        UNet has classes: (B,), their numbers; with class_embed_type "identity" (B, time_dim), vectors.
         """
         self.check(sample)
         if any(side % self.factor for side in sample.shape[2:]):
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}; height and width must be multiples of {self.factor}"
             )
-        if class_labels is not None:
-            raise ValueError("class_labels was given; no supported UNet2DModel is conditioned on classes")
-        out = self.denoise(sample, self.embed_timestep(sample, timestep))
+        out = self.denoise(sample, self.embed_timestep(sample, timestep) + self.embed_class(sample, class_labels))
         return UNetOutput(out) if return_dict else (out,)
 
 
@@ -481,13 +663,34 @@ class UNet2DConditionModel(UNet):
     def build(self, c: UNet2DConditionConfig) -> None:
         super().build(c)
         if c.addition_embed_type == "text_time":
-            self.added_mlp = TimeMLP(c.projection_class_embeddings_input_dim, 4 * c.block_out_channels[0])
+            self.added_mlp = TimeMLP(c.projection_class_embeddings_input_dim, c.time_dim)
 
-    def make_attention(self, level: int) -> SpatialTransformer:
-        c = self.config
-        heads, depth = (c.per_level(key)[level] for key in ("attention_head_dim", "transformer_layers_per_block"))
+    def make_attention(self, level: int, layer: int, up: bool = False, middle: bool = False) -> SpatialTransformer:
+        c, depth = self.config, self.config.depth(level, layer, up)
+        heads, context_dim = (c.per_level(key)[level] for key in ("attention_head_dim", "cross_attention_dim"))
         width, groups = c.block_out_channels[level], c.norm_num_groups
-        return SpatialTransformer(width, heads, depth, c.cross_attention_dim, groups, c.use_linear_projection)
+        only_cross = c.per_level("only_cross_attention")[level] and not middle  # which the reference leaves out
+        return SpatialTransformer(width, heads, depth, context_dim, groups, c.use_linear_projection, only_cross)
+
+    def make_middle(self, level: int) -> MidBlock:
+        attentive = self.config.mid_block_type == "UNetMidBlock2DCrossAttn"  # else one residual block is all
+        width = self.config.block_out_channels[level]
+        resnets = [self.make_resnet(width, width) for _ in range(2 if attentive else 1)]
+        return MidBlock(resnets, [self.make_attention(level, 0, middle=True)] if attentive else [])
+
+    def check_states(self, sample: Tensor, states: Tensor | None) -> None:
+        dims = self.config.per_level("cross_attention_dim")
+        if states is None:
+            if dims != self.config.block_out_channels:
+                raise ValueError(f"encoder_hidden_states is None; this UNet takes (batch, length, {dims[0]})")
+            return
+        self.check_inputs(encoder_hidden_states=states)
+        B = sample.shape[0]
+        if states.ndim != 3 or states.shape[0] != B or {states.shape[-1]} != {*dims}:
+            dim = dims[0] if len({*dims}) == 1 else f"{dims} by level: so it takes None alone"
+            raise ValueError(
+                f"encoder_hidden_states has shape {tuple(states.shape)}; this UNet takes ({B}, length, {dim})"
+            )
 
     def embed_added(self, sample: Tensor, added: dict[str, Tensor] | None) -> Tensor:
         """XL (SDXL, 2.2): the pooled text state, and the six numbers of original size, crop and target size."""
@@ -509,16 +712,21 @@ class UNet2DConditionModel(UNet):
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        class_labels: Tensor | None = None,
         *,
+        timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         return_dict: bool = True,
         **others: None,
     ) -> UNetOutput | tuple[Tensor]:
         """`sample` (B, in_channels, H, W) at `timestep`, () or (B,), with `encoder_hidden_states`
-        (B, L, cross_attention_dim) -> `.sample` (B, out_channels, H, W), any H and W.
+        (B, L, cross_attention_dim) -> `.sample` (B, out_channels, H, W), any H and W. The states may be None where
+        cross_attention_dim is that of every level's pixels: they look at one another once more.
 
         `timestep` may be a number too; a compiled network is compiled anew for each of those, but not for tensors.
+        `class_labels`, where the UNet has classes: (B,), or (B, n) where they are vectors.
+        `timestep_cond` (latent consistency models alone): (B, time_cond_proj_dim).
         `added_cond_kwargs` (XL alone): `text_embeds` (B, n) and `time_ids` (B, 6). `others`: arguments of the
         reference that must be None here; an error says why.
         """
@@ -529,13 +737,14 @@ class UNet2DConditionModel(UNet):
             if value is not None:
                 raise ValueError(f"{name} must be None: {REFUSED[name]}")
         states = encoder_hidden_states
-        self.check_inputs(encoder_hidden_states=states)
-        B, dim = sample.shape[0], self.config.cross_attention_dim
-        if states.ndim != 3 or states.shape[0] != B or states.shape[-1] != dim:
-            raise ValueError(
-                f"encoder_hidden_states has shape {tuple(states.shape)}; this UNet takes ({B}, length, {dim})"
-            )
-        temb = self.embed_timestep(sample, timestep)
+        self.check_states(sample, states)
+        if timestep_cond is not None:
+            self.check_inputs(timestep_cond=timestep_cond)
+            dim = self.config.time_cond_proj_dim
+            if dim is None or timestep_cond.shape != (sample.shape[0], dim):
+                takes = "none, since it has no time_cond_proj_dim" if dim is None else (sample.shape[0], dim)
+                raise ValueError(f"timestep_cond has shape {tuple(timestep_cond.shape)}; this UNet takes {takes}")
+        temb = self.embed_timestep(sample, timestep, timestep_cond) + self.embed_class(sample, class_labels)
         if self.config.addition_embed_type == "text_time":
             temb = temb + self.embed_added(sample, added_cond_kwargs)
         out = self.denoise(sample, temb, states)
@@ -553,28 +762,15 @@ AVERAGED = dict.fromkeys(
 UNetConfig.fixed = {
     "center_input_sample": False,
     "mid_block_scale_factor": 1,
-    "dropout": 0,
     "act_fn": "silu",
-    "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "class_embed_type": None,
-    "num_class_embeds": None,
 }
 
-UNet2DConfig.fixed = UNetConfig.fixed | {
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "attn_norm_num_groups": None,
-    "mid_block_type": "UNetMidBlock2D",
-}
+UNet2DConfig.fixed = UNetConfig.fixed
 UNet2DConfig.inert = AVERAGED | {"num_train_timesteps": "documents the training; the network doesn't read it"}
 
 UNet2DConditionConfig.fixed = UNetConfig.fixed | {
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
     "num_attention_heads": None,
-    "reverse_transformer_layers_per_block": None,
-    "only_cross_attention": False,
     "mid_block_only_cross_attention": Literal[None, False],
     "dual_cross_attention": False,
     "cross_attention_norm": None,
@@ -585,7 +781,6 @@ UNet2DConditionConfig.fixed = UNetConfig.fixed | {
     "resnet_out_scale_factor": 1,
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "class_embeddings_concat": False,
@@ -596,8 +791,6 @@ UNet2DConditionConfig.inert = AVERAGED | {
 
 # Arguments of the reference's UNet2DConditionModel that do nothing here
 REFUSED = {
-    "class_labels": "no supported UNet2DConditionModel is conditioned on classes",
-    "timestep_cond": "no supported UNet2DConditionModel has a time_cond_proj_dim",
     "attention_mask": "it hides pixels from one another, which no pipeline of Stable Diffusion does",
     "encoder_attention_mask": "the UNets were trained on states that see the padding; shorten the states",
     "cross_attention_kwargs": "there are no attention processors; hooks or subclassed modules change the attention",

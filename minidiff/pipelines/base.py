@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Self, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -32,12 +32,6 @@ MISSING = {  # of the reference's pipelines: what to do instead
     "fuse_qkv_projections": "nothing needs it: leave it out",
     "load_ip_adapter": "minidiff has no IP-Adapter",
     "upcast_vae": "give the VAE a dtype of its own: pipe.vae.to(torch.float32)",
-}
-
-# Parts of real folders that a picture doesn't depend on and that aren't written yet
-LEFT_OUT = {
-    "safety_checker": ("StableDiffusionSafetyChecker",),
-    "feature_extractor": ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorPil"),
 }
 
 
@@ -73,8 +67,15 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable):
         kinds = get_type_hints(type(self).__init__)
         for name, component in components.items():
             if not _serves_as(component, kinds[name]):
-                raise TypeError(f"{name} must be a {kinds[name].__name__}, but is {component!r:.100}")
+                expected = getattr(kinds[name], "__name__", kinds[name])
+                raise TypeError(f"{name} must be a {expected}, but is {component!r:.100}")
             setattr(self, name, component)
+
+    @classmethod
+    def settings(cls) -> dict[str, type]:
+        """The kinds of the settings, by name."""
+        hints = get_type_hints(cls.__init__)
+        return {name: hints[name] for name in cls.setting_names}
 
     @property
     def components(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable):
         given = {name: value for name, value in keywords.items() if name not in LOADING}
 
         def wanted(names: list[str]) -> list[str]:
-            return wanted_by_pipeline(names, files, {*given, *LEFT_OUT})
+            return wanted_by_pipeline(names, files, given)
 
         folder = fetch(pretrained_model_name_or_path, wanted, INDEX, **hub)
         index_file = folder / INDEX
@@ -116,14 +117,40 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable):
             parameters = inspect.signature(cls).parameters
             arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
             check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
-            left_out = {kind for kinds in LEFT_OUT.values() for kind in kinds}
-            found = load_components(index_file, given, files, tuple(parameters), cls.setting_names, left_out)
+            found = load_components(index_file, given, files, tuple(parameters), cls.settings())
         found |= given
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
         if missing := [name for name in required if found.get(name) is None]:
             raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
         pipe = cls(**found)
         return pipe.to(device) if device else pipe
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: "DiffusionPipeline",
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **given: Any,
+    ) -> Self:
+        """This pipeline with the components and settings of another one: shared, no copy. `given` go before them.
+
+        A `dtype` converts the models, which the other pipeline has too. (The reference converts to float32 without.)
+
+        Raises TypeError for what the pipeline doesn't have, ValueError for what it needs and the other hasn't.
+        """
+        parameters = inspect.signature(cls).parameters
+        if unknown := given.keys() - parameters.keys():
+            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
+        settings = {name: getattr(pipeline, name) for name in pipeline.setting_names}
+        found = {name: part for name, part in (pipeline.components | settings).items() if name in parameters} | given
+        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        if missing := [name for name in required if found.get(name) is None]:
+            raise ValueError(f"a {type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs")
+        made = cls(**found)
+        made._hooks, made._offload_device = pipeline._hooks, pipeline._offload_device
+        return made.to(dtype or torch_dtype) if dtype or torch_dtype else made
 
     def save_pretrained(
         self,
@@ -225,12 +252,14 @@ def _describe(part: Any) -> list[str | None]:
     return [getattr(part, "library", type(part).__module__.split(".")[0]), type(part).__name__]
 
 
-def _serves_as(component: Any, kind: type) -> bool:
-    """One of minidiff's own classes must be `kind`; what others wrote (a wrapped model, say) must only look like it."""
+def _serves_as(component: Any, kind: Any) -> bool:
+    """One of minidiff's own classes must be `kind`, a class or a union of some; what others wrote (a wrapped model,
+    say) must only look like it."""
     if isinstance(component, kind | Component | type | None):
         return isinstance(component, kind)
     looks = callable(component) or hasattr(component, "step")
-    return looks and isinstance(component, nn.Module) == issubclass(kind, nn.Module)
+    network = any(issubclass(one, nn.Module) for one in get_args(kind) or (kind,))
+    return looks and isinstance(component, nn.Module) == network
 
 
 def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:

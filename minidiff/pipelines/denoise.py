@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..loading.component import check_tensors
-from ..schedulers.base import as_integer
+from ..schedulers.base import as_integer, check_number
 
 if TYPE_CHECKING:
     from .base import DiffusionPipeline
@@ -30,34 +30,38 @@ def denoise(
     told: Callable[[Tensors, Tensor, Tensor], dict[str, Any]] = lambda tensors, x, t: {},
     beside: Callable[[Tensors], list[Tensor]] | None = None,
     after: Callable[[int, Tensor], Tensor] = lambda i, latents: latents,
+    passes: int = 2,
+    combine: Callable[..., Tensor] | None = None,
     callback: "Callback | None" = None,
     **step_options: Any,
 ) -> Tensor:
     """Takes `tensors["latents"]` (B, C, H, W) through `timesteps`, and returns the last ones.
 
     `run` is this call's own view of the pipeline (`DiffusionPipeline.running`); a callback may change its guidance
-    from step to step. With guidance the network sees the batch twice, without the prompt and with it.
+    from step to step. With guidance the network sees the batch twice, without the prompt and with it; or `passes`
+    times, and `combine(run, *predictions)` makes one prediction of them.
     """
     scheduler, device = run.scheduler, tensors["latents"].device
     options = accepted(type(scheduler).step, step_options)
     if step_options.get("eta") and "eta" not in options:
         warnings.warn(f"eta has no effect: {type(scheduler).__name__} doesn't read it", stacklevel=3)
-    finite = []
+    combine = combine or (lambda run, uncond, text: guide(uncond, text, run.guidance_scale, run.guidance_rescale))
+    run._num_timesteps, finite = len(timesteps), []
     times = timesteps.to(device, torch.float32)  # of one type for the network, whatever the sampler: compiled once
     for i, (t, t_on_device) in enumerate(zip(run.progress_bar(timesteps), times, strict=True)):
         if run.interrupt:
             break
         latents, guided = tensors["latents"], run.do_classifier_free_guidance
-        x = torch.cat([latents] * 2) if guided else latents
+        x = torch.cat([latents] * passes) if guided else latents
         x = scheduler.scale_model_input(x, t)
         if beside is not None:
             x = torch.cat([x, *beside(tensors)], dim=1)
         predicted = run.unet(x, t_on_device, **told(tensors, x, t_on_device)).sample
         if guided:
-            predicted = guide(*predicted.chunk(2), run.guidance_scale, run.guidance_rescale)
+            predicted = combine(run, *predicted.chunk(passes))
         tensors["latents"] = after(i, scheduler.step(predicted, t, latents, **options)[0])
         if callback is not None:
-            callback(run, i, t, tensors)
+            callback(run, i, t, tensors, passes)
         finite.append(tensors["latents"].isfinite().all())
     check_finite(finite, timesteps)
     return tensors["latents"]
@@ -92,6 +96,23 @@ def plan(
             raise ValueError(f"{name} was given, which {type(scheduler).__name__} doesn't take")
     scheduler.set_timesteps(**custom or {"num_inference_steps": num_inference_steps})
     return scheduler.timesteps
+
+
+def start_midway(scheduler: Any, timesteps: Tensor, strength: float, at_least: int = 0) -> Tensor:
+    """The last part of the grid that `plan` has laid: `strength` (0 to 1) of its steps, rounded down.
+
+    Raises ValueError where no step is left, or fewer than `at_least` of the steps asked for: PNDM's grid has one more.
+    """
+    check_number(strength, "strength", least=0)
+    if strength > 1:
+        raise ValueError(f"strength={strength} must lie in 0..1")
+    n = scheduler.num_inference_steps or len(timesteps)  # samplers count custom timesteps in the grid alone
+    left = min(int(n * strength), n)
+    first = (n - left) * scheduler.order
+    if first >= len(timesteps) or left < at_least:
+        raise ValueError(f"strength={strength} leaves none of {n} steps: it must be at least 1 / {n}")
+    scheduler.set_begin_index(first)
+    return timesteps[first:]
 
 
 def accepted(step: Callable, options: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +150,7 @@ class Callback:
         if self.every < 1:
             raise ValueError(f"callback_steps={every} must be 1 or more")
 
-    def __call__(self, run: "DiffusionPipeline", i: int, t: Tensor, tensors: Tensors) -> None:
+    def __call__(self, run: "DiffusionPipeline", i: int, t: Tensor, tensors: Tensors, passes: int = 2) -> None:
         if self.legacy is not None and i % self.every == 0:
             self.legacy(i, t, tensors["latents"])
         if self.function is None:
@@ -148,7 +169,7 @@ class Callback:
             tensors[name] = value
             if name == "negative_prompt_embeds" and run.do_classifier_free_guidance:  # the first half of the states
                 tensors["prompt_embeds"] = torch.cat([value, tensors["prompt_embeds"].chunk(2)[-1]])
-        rows = tensors["latents"].shape[0] * (2 if run.do_classifier_free_guidance else 1)
+        rows = tensors["latents"].shape[0] * (passes if run.do_classifier_free_guidance else 1)
         if "prompt_embeds" in tensors and tensors["prompt_embeds"].shape[0] != rows:
             raise ValueError(
                 f"after callback_on_step_end, prompt_embeds has {tensors['prompt_embeds'].shape[0]} rows, but"

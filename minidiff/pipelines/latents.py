@@ -1,5 +1,7 @@
 """Latents: the first noise, and the way from pictures to latents and back, which alone knows the VAE's scale."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,65 @@ def first_latents(
     sigma: float | Tensor,
 ) -> Tensor:
     """Noise of the scheduler's first deviation `sigma`: drawn, or the `latents` given."""
+    return first_noise(shape, generator, latents, device, dtype) * sigma
+
+
+def first_noise(
+    shape: tuple[int, ...], generator: Generators, latents: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Noise of deviation 1: drawn, or the `latents` given."""
     check_generators(generator, shape[0])
     if latents is None:
-        latents = randn_tensor(shape, generator, device, dtype)
+        return randn_tensor(shape, generator, device, dtype)
     check_tensors(latents=latents)
     if latents.shape != shape:
         raise ValueError(f"latents has shape {tuple(latents.shape)}; these arguments need {shape}")
-    return latents.to(device, dtype) * sigma
+    return latents.to(device, dtype)
+
+
+def check_pictures(name: str, given: Any, pictures: Tensor, vae: AutoencoderKL) -> Tensor:
+    """`pictures` (n, C, H, W), made of the argument `given`, if they have the VAE's channels; tensors may be latents.
+
+    Pictures with an alpha channel have as many channels as latents: the reference takes them for such.
+    """
+    channels, latent, sides = vae.config.in_channels, vae.config.latent_channels, min(pictures.shape[2:])
+    first = given[0] if isinstance(given, list | tuple) else given
+    if pictures.shape[1] == latent and isinstance(first, Tensor) and sides > 0:
+        return pictures
+    if pictures.shape[1] != channels or sides < vae.factor:
+        raise ValueError(
+            f"{name} has shape {tuple(pictures.shape)} as a tensor; it must have {channels} channels, or {latent} if it"
+            f" is a tensor of latents, and sides of {vae.factor} pixels or more. PIL's gray and transparent pictures"
+            ' get their colours by convert("RGB")'
+        )
+    return pictures
+
+
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, generator: Generators, device: torch.device) -> Tensor:
+    """Pictures (n, C, H, W) in [-1, 1] -> a sample of their latents, scaled for the UNet. Latents come back as they
+    are. Of a list of generators the first n draw."""
+    if pictures.shape[1] == vae.config.latent_channels:
+        return pictures.to(device)
+    generator = generator[: len(pictures)] if isinstance(generator, list | tuple) else generator
+    return vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample(generator) * vae.config.scaling_factor
+
+
+def repeated(name: str, tensor: Tensor, count: int) -> Tensor:
+    """(n, ...) -> (count, ...): all n again and again, as long as there are pictures to draw."""
+    if count % len(tensor):
+        raise ValueError(f"{name} holds {len(tensor)} for {count} pictures: give one, one each, or a divisor of that")
+    return tensor.repeat(count // len(tensor), *[1] * (tensor.ndim - 1))
+
+
+def picture_latents(
+    vae: AutoencoderKL, pictures: Tensor, count: int, generator: Generators, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """`encode_pictures` for `count` pictures to draw, out of as many or fewer. One generator draws once for each
+    picture given, a list of them once for each picture to draw."""
+    check_generators(generator, count)
+    if isinstance(generator, list | tuple):
+        pictures = repeated("image", pictures, count)
+    return repeated("image", encode_pictures(vae, pictures, generator, device), count).to(dtype)
 
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor, device: torch.device) -> Tensor:

@@ -103,3 +103,8 @@ def encode_prompt(
         return states.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
 
     return repeat(prompt_embeds), repeat(negative_prompt_embeds) if guided else None
+
+
+def read_text(tensors: dict[str, Tensor], x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """What the UNet is told where it is told of the prompt alone."""
+    return {"encoder_hidden_states": tensors["prompt_embeds"]}

@@ -40,7 +40,6 @@ class UnconditionalPipeline(DiffusionPipeline):
         size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
         with self.running() as run:
             timesteps = plan(run.scheduler, num_inference_steps, None, None)
-            run._num_timesteps = len(timesteps)
             shape = (batch_size, config.in_channels, *size)
             sample = randn_tensor(shape, generator, run._execution_device, run.unet.dtype)
             sample = denoise(run, {"latents": sample}, timesteps, **step_options)

@@ -1,0 +1,243 @@
+"""What the pipelines of Stable Diffusion 1 and 2 share: the components, how a call begins, and how its pictures end.
+
+A call of any of them: its arguments are checked, the timesteps laid (`plan`), the prompt encoded (`text_tensors`),
+the first latents made; then comes THE loop (`denoise`), and the pictures (`finish`). What differs stands in each file.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..image_processor import VaeImageProcessor
+from ..images import check_finite_pictures, check_output_type, to_pil
+from ..models import (
+    AutoencoderKL,
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+)
+from ..outputs import output
+from ..schedulers.base import Sampler, as_integer, check_number
+from .base import DiffusionPipeline
+from .denoise import Tensors
+from .latents import decode_latents
+from .prompt import encode_prompt
+
+BESIDE = {  # channels beside the latents in a UNet's input: what they are, and whose they are
+    0: ("text alone", "StableDiffusionPipeline"),
+    1: ("a depth map", "StableDiffusionDepth2ImgPipeline"),
+    3: ("the low-resolution picture", "StableDiffusionUpscalePipeline"),
+    4: ("the picture to be edited", "StableDiffusionInstructPix2PixPipeline"),
+    5: ("inpainting (mask, masked picture)", "StableDiffusionInpaintPipeline"),
+}
+
+
+@output
+class StableDiffusionPipelineOutput(NamedTuple):
+    """`images`: a list of PIL images, or an array or tensor, as `output_type` says. `nsfw_content_detected`: a bool
+    for each picture, or None where no safety checker looked."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    nsfw_content_detected: list[bool] | None
+
+
+class StableDiffusion(DiffusionPipeline):
+    """Base of the pipelines. `scheduler` can be any of minidiff's, and be swapped between calls."""
+
+    setting_names = ("requires_safety_checker",)
+    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    beside: ClassVar[tuple[int, ...]] = (0,)  # how many channels the UNet may have beside the latents
+    # Folders from 2022 lack keys of the scheduler, whose defaults are wrong for Stable Diffusion. The reference mends
+    # them too
+    scheduler_mends: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+    mends_sample_size: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: Sampler,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        requires_safety_checker: bool = True,
+    ):
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self._prepare()
+        self._require_safety_checker(requires_safety_checker)
+
+    def _require_safety_checker(self, required: bool) -> None:
+        self.requires_safety_checker = required
+        if self.safety_checker is None and required:
+            warnings.warn(
+                f"{type(self).__name__} has no safety checker. The licence of Stable Diffusion asks that services open"
+                " to the public show no unfiltered pictures; requires_safety_checker=False ends this warning",
+                stacklevel=3,
+            )
+        if self.safety_checker is not None and self.feature_extractor is None:
+            raise ValueError("safety_checker needs a feature_extractor: give one, or safety_checker=None")
+
+    def _prepare(self) -> None:
+        """Checks that the components fit, and mends what folders from 2022 lack."""
+        channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
+        if channels - latent not in self.beside:
+            purpose, owner = BESIDE.get(channels - latent, ("another system", "none of minidiff's"))
+            takes = " or ".join(str(latent + more) for more in self.beside)
+            raise ValueError(
+                f"unet has {channels} input channels, but {type(self).__name__} takes {takes}, since the vae makes"
+                f" latents of {latent}: a UNet with {channels} is for {purpose}: {owner}"
+            )
+        config = self.scheduler.config
+        if mended := {key: to for key, to in self.scheduler_mends.items() if config.get(key, to) != to}:
+            self.scheduler = type(self.scheduler).from_config({**config.explicit(), **mended})
+        if self.mends_sample_size:
+            mend_sample_size(self.unet)
+        self.vae_scale_factor = self.vae.factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text states for the prompt and, with guidance, for its negative: (B, L, hidden_size) each, else None."""
+        if lora_scale is not None:
+            raise ValueError("lora_scale was given, but no LoRA is loaded: leave it out")
+        return encode_prompt(
+            self.tokenizer,
+            self.text_encoder,
+            torch.device(device or self._execution_device),
+            self.unet.dtype,
+            prompt,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip,
+        )
+
+    def text_tensors(
+        self,
+        prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+    ) -> tuple[Tensors, int]:
+        """What the loop's `tensors` hold of a prompt, and the number of pictures B."""
+        guided = self.do_classifier_free_guidance
+        states, negative_states = self.encode_prompt(
+            prompt,
+            None,
+            num_images_per_prompt,
+            guided,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip=self.clip_skip,
+        )
+        joined = torch.cat([negative_states, states]) if guided else states  # (2B or B, L, C)
+        return {"prompt_embeds": joined, "negative_prompt_embeds": negative_states}, len(states)
+
+    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Of the pictures, in pixels: as asked for, or as the UNet was trained."""
+        factor, trained = self.vae.factor, self.unet.config.sample_size or 64
+        trained = trained if isinstance(trained, tuple) else (trained, trained)
+        sizes = []
+        for name, value, default in (("height", height, trained[0]), ("width", width, trained[1])):
+            size = default * factor if value is None else as_integer(value, name)
+            if size <= 0 or size % factor:
+                raise ValueError(f"{name}={size} must be a positive multiple of {factor}")
+            sizes.append(size)
+        return sizes[0], sizes[1]
+
+    def run_safety_checker(
+        self, image: Tensor | np.ndarray, device: torch.device | str, dtype: torch.dtype
+    ) -> tuple[Tensor | np.ndarray, list[bool] | None]:
+        """Pictures (B, C, H, W) in [-1, 1], or arrays (B, H, W, C) in [0, 1] -> the same with zeros for those that
+        aren't safe, and a flag for each; None without a safety checker."""
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.image_processor.postprocess(image) if isinstance(image, Tensor) else to_pil(image)
+        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device)
+        dtype = getattr(self.safety_checker, "dtype", dtype)
+        return self.safety_checker(images=image, clip_input=seen.to(dtype))
+
+    def finish(
+        self, latents: Tensor, output_type: str, return_dict: bool
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+        """Latents -> what the call returns."""
+        images, flags = latents, None
+        if output_type != "latent":
+            device = self._execution_device
+            pictures = check_finite_pictures(decode_latents(self.vae, latents, device))
+            pictures, flags = self.run_safety_checker(pictures, device, self.unet.dtype)
+            within = None if flags is None else [not flag for flag in flags]  # black ones are in [0, 1] already
+            images = self.image_processor.postprocess(pictures, output_type, within)
+        result = StableDiffusionPipelineOutput(images, flags)
+        return result if return_dict else tuple(result)
+
+
+def check_call(
+    output_type: str,
+    num_images_per_prompt: int,
+    guidance_scale: float,
+    eta: float = 0.0,
+    *,
+    guidance_rescale: float = 0.0,
+    cross_attention_kwargs: Any = None,
+    ip_adapter_image: Any = None,
+    ip_adapter_image_embeds: Any = None,
+) -> int:
+    """Checks what the calls have in common. Returns `num_images_per_prompt` as an integer."""
+    check_output_type(output_type)
+    check_number(guidance_scale, "guidance_scale")
+    check_number(guidance_rescale, "guidance_rescale", least=0)
+    check_number(eta, "eta", least=0)
+    adapter = {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds}
+    for name, value in adapter.items():
+        if value is not None:
+            raise ValueError(f"{name} was given, but minidiff has no IP-Adapter: leave it out")
+    if cross_attention_kwargs:
+        raise ValueError("cross_attention_kwargs was given, but nothing here reads it: leave it out")
+    if guidance_rescale and guidance_scale <= 1:
+        warnings.warn("guidance_rescale has no effect: guidance_scale is 1 or less", stacklevel=4)
+    count = as_integer(num_images_per_prompt, "num_images_per_prompt")
+    if count < 1:
+        raise ValueError(f"num_images_per_prompt={count} must be 1 or more")
+    return count
+
+
+def mend_sample_size(unet: UNet2DConditionModel) -> None:
+    """The UNets of 2022 were trained at 64, whatever their configs say: from diffusers 0.9 on they say it."""
+    config, old = unet.config, re.match(r"(\d+)\.(\d+)", unet.config.version)
+    if old and (int(old[1]), int(old[2])) < (0, 9) and isinstance(config.sample_size, int) and config.sample_size < 64:
+        unet.config = type(config).read({**config.explicit(), "sample_size": 64})
