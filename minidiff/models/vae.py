@@ -151,6 +151,8 @@ class AutoencoderConfig(Config):
     scaling_factor: float = 0.18215  # the pipelines multiply latents by it, so that the UNet sees a variance near 1
     shift_factor: float | None = None  # no Stable Diffusion 1, 2 or XL has one; their pipelines don't read it
     force_upcast: bool = True  # read by the XL pipeline: this VAE overflows in float16
+    latents_mean: tuple[float, ...] | None = None  # one for each channel: XL's pipelines norm latents by them, if there
+    latents_std: tuple[float, ...] | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -158,6 +160,9 @@ class AutoencoderConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         self.require(self.scaling_factor != 0, "scaling_factor", "not be zero")
+        for key in ("latents_mean", "latents_std"):
+            fits = self[key] is None or len(self[key]) == self.latent_channels
+            self.require(fits, key, f"have {self.latent_channels} numbers, one for each of latent_channels")
         widths, groups = self.block_out_channels, self.norm_num_groups
         self.require(0 < len(widths) <= MAX_LEVELS, "block_out_channels", f"name 1 to {MAX_LEVELS} levels")
         fits = all(c % groups == 0 for c in widths)
@@ -260,4 +265,4 @@ class AutoencoderKL(Model):
 
 # Keys that real checkpoints hold at one value alone
 AutoencoderConfig.inert = AVERAGED
-AutoencoderConfig.fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+AutoencoderConfig.fixed = {"act_fn": "silu"}

@@ -6,6 +6,9 @@ from .image_to_image import StableDiffusionImg2ImgPipeline
 from .inpaint import StableDiffusionInpaintPipeline
 from .text_to_image import StableDiffusionPipeline
 from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
+from .xl import StableDiffusionXLPipeline
+from .xl_image_to_image import StableDiffusionXLImg2ImgPipeline
+from .xl_inpaint import StableDiffusionXLInpaintPipeline
 
 __all__ = [
     "DDIMPipeline",
@@ -15,5 +18,8 @@ __all__ = [
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLPipeline",
 ]
 __getattr__ = getter(__name__, __all__)

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple, Self, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Self, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -67,7 +67,8 @@ class DiffusionPipeline(Runs, MemorySwitches):
         kinds = get_type_hints(type(self).__init__)
         for name, component in components.items():
             if not _serves_as(component, kinds[name]):
-                raise TypeError(f"{name} must be a {kinds[name].__name__}, but is {component!r:.100}")
+                wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in _classes(kinds[name]))
+                raise TypeError(f"{name} must be a {wanted}, but is {component!r:.100}")
             setattr(self, name, component)
 
     @property
@@ -115,6 +116,9 @@ class DiffusionPipeline(Runs, MemorySwitches):
         found = load_components(index_file, components, files, tuple(parameters), cls.setting_names, left_out)
         found |= components
         required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        hints = get_type_hints(cls.__init__)
+        found |= {name: found.get(name) for name in required if isinstance(None, hints[name])}  # the refiner has fewer
+        required = [name for name in required if not isinstance(None, hints[name])]
         if missing := [name for name in required if found.get(name) is None]:
             raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
         return cls(**found)
@@ -197,7 +201,12 @@ def _serves_as(component: Any, kind: type) -> bool:
     if isinstance(component, kind | Component | type | None):
         return isinstance(component, kind)
     looks = callable(component) or hasattr(component, "step")
-    return looks and isinstance(component, nn.Module) == issubclass(kind, nn.Module)
+    return looks and isinstance(component, nn.Module) == any(issubclass(one, nn.Module) for one in _classes(kind))
+
+
+def _classes(kind: Any) -> tuple[type, ...]:
+    """Those of a hint, without None."""
+    return tuple(one for one in get_args(kind) or (kind,) if one is not type(None))
 
 
 def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:

@@ -109,6 +109,44 @@ def start_midway(scheduler: Any, timesteps: Tensor, strength: float, at_least: i
     return timesteps[first:]
 
 
+def share(name: str, value: float | None) -> float | None:
+    """A point of the run as a share of the noise that is gone, between 0 and 1."""
+    if value is not None:
+        check_number(value, name)
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}={value} must lie between 0 and 1")
+    return value
+
+
+def start_at(scheduler: Any, timesteps: Tensor, denoising_start: float) -> Tensor:
+    """The last part of the grid: where the share `denoising_start` of the training's timesteps is done already.
+
+    Another network may have done it (eDiff-I, arXiv 2211.01324: an ensemble of experts).
+    """
+    left = int((timesteps < _cutoff(scheduler, denoising_start)).sum())
+    if scheduler.order == 2 and left % 2 == 0:  # a step's second stage isn't a start
+        left += 1
+    if not left or left > len(timesteps):
+        raise ValueError(f"denoising_start={denoising_start} leaves none of {len(timesteps)} steps")
+    scheduler.set_begin_index(len(timesteps) - left)
+    return timesteps[len(timesteps) - left :]
+
+
+def stop_at(scheduler: Any, timesteps: Tensor, denoising_end: float | None) -> Tensor:
+    """The first part of the grid: until the share `denoising_end` of the training's timesteps is done."""
+    if denoising_end is None or denoising_end == 1:
+        return timesteps
+    kept = timesteps[: int((timesteps >= _cutoff(scheduler, denoising_end)).sum())]
+    if not len(kept):
+        raise ValueError(f"denoising_end={denoising_end} leaves none of {len(timesteps)} steps")
+    return kept
+
+
+def _cutoff(scheduler: Any, done: float) -> int:
+    count = scheduler.config.num_train_timesteps
+    return round(count - done * count)
+
+
 def accepted(step: Callable, options: dict[str, Any]) -> dict[str, Any]:
     """Those of `options` that a scheduler's `step` takes: DDIM's has eta and generator, DDPM's a generator, ..."""
     parameters = inspect.signature(step).parameters

@@ -20,8 +20,8 @@ from ..outputs import output
 from ..schedulers.base import Scheduler, as_integer, check_number
 from .base import DiffusionPipeline
 from .denoise import Tensors
-from .latents import decode_latents
-from .prompt import encode_prompt
+from .latents import PLAIN, LatentsAs, decode_latents
+from .prompt import encode_prompt, guidance_waves
 
 BESIDE = {  # channels beside the latents in a UNet's input: what they are, and whose they are
     0: ("text alone", "StableDiffusionPipeline"),
@@ -47,6 +47,7 @@ class StableDiffusion(DiffusionPipeline):
     setting_names = ("requires_safety_checker",)
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
     beside: ClassVar[tuple[int, ...]] = (0,)  # how many channels the UNet may have beside the latents
+    latents_as: ClassVar[LatentsAs] = PLAIN
     # Folders from 2022 lack keys of the scheduler, whose defaults are wrong for Stable Diffusion. The reference mends
     # them too
     scheduler_mends: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
@@ -148,7 +149,20 @@ class StableDiffusion(DiffusionPipeline):
             clip_skip=self.clip_skip,
         )
         joined = torch.cat([negative_states, states]) if guided else states  # (2B or B, L, C)
-        return {"prompt_embeds": joined, "negative_prompt_embeds": negative_states}, len(states)
+        tensors = {"prompt_embeds": joined, "negative_prompt_embeds": negative_states}
+        return tensors | self.scale_tensors(len(states)), len(states)
+
+    def scale_tensors(self, B: int) -> Tensors:
+        """The guidance scale for a UNet that was distilled to read it, (B, time_cond_proj_dim)."""
+        dim = self.unet.config.time_cond_proj_dim
+        if dim is None:
+            return {}
+        waves = guidance_waves(self.guidance_scale, dim).expand(B, -1)
+        return {"w_embedding": waves.to(self._execution_device, self.unet.dtype)}
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return super().do_classifier_free_guidance and self.unet.config.time_cond_proj_dim is None
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Of the pictures, in pixels: as asked for, or as the UNet was trained."""
@@ -168,7 +182,7 @@ class StableDiffusion(DiffusionPipeline):
         """Latents -> what the call returns."""
         images, flags = latents, None
         if output_type != "latent":
-            images = to_output(decode_latents(self.vae, latents, self._execution_device), output_type)
+            images = to_output(decode_latents(self.vae, latents, self._execution_device, self.latents_as), output_type)
         result = StableDiffusionPipelineOutput(images, flags)
         return result if return_dict else tuple(result)
 
