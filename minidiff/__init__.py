@@ -25,6 +25,25 @@ from .pipelines import (
     StableDiffusionXLPipeline,
 )
 from .schedulers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
+from .schedulers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KarrasVeScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    RePaintScheduler,
+    ScoreSdeVeScheduler,
+    TCDScheduler,
+)
 
 __version__ = "0.1.0"
 
@@ -34,12 +53,21 @@ __all__ = [
     "CLIPTextModelWithProjection",
     "CLIPTokenizer",
     "ConfigError",
+    "DDIMInverseScheduler",
     "DDIMPipeline",
     "DDIMScheduler",
     "DDPMPipeline",
     "DDPMScheduler",
     "DiffusionPipeline",
+    "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KarrasVeScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
     "LoadError",
     "PNDMPipeline",
     "PNDMScheduler",
@@ -49,6 +77,10 @@ __all__ = [
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLPipeline",
+    "RePaintScheduler",
+    "ScoreSdeVeScheduler",
+    "StableDiffusionPipeline",
+    "TCDScheduler",
     "UNet2DConditionModel",
     "UNet2DModel",
     "bundled",
