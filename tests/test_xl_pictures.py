@@ -24,9 +24,8 @@ def mask(width=48, height=64):
 
 
 def parts(pipe):
-    return {name: part for name, part in pipe.components.items() if not isinstance(part, bool | None)} | {
-        name: None for name in ("image_encoder", "feature_extractor")
-    }
+    models = {name: part for name, part in pipe.components.items() if not isinstance(part, bool | None)}
+    return models | {"image_encoder": None, "feature_extractor": None}
 
 
 def made_as(pipes, name, config=None, **options):

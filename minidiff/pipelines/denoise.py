@@ -55,7 +55,10 @@ def denoise(
         predicted = run.unet(x, t_on_device, **told(tensors, x, t_on_device)).sample
         if guided:
             predicted = combine(run, *predicted.chunk(passes))
-        tensors["latents"] = after(i, scheduler.step(predicted, t, latents, **options)[0])
+        stepped = scheduler.step(predicted, t, latents, **options)
+        tensors["latents"] = after(i, stepped[0])
+        if "denoised" in tensors:  # latent consistency models: where the path ends, as far as is seen from here
+            tensors["denoised"] = stepped.denoised
         if callback is not None:
             callback(run, i, t, tensors, passes)
         finite.append(tensors["latents"].isfinite().all())
@@ -78,9 +81,14 @@ def guide(uncond: Tensor, text: Tensor, guidance_scale: float, guidance_rescale:
 
 
 def plan(
-    scheduler: Any, num_inference_steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    scheduler: Any,
+    num_inference_steps: int,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    **options: Any,
 ) -> Tensor:
-    """Lays the scheduler's grid: a number of steps, or custom `timesteps` or `sigmas` where it takes them."""
+    """Lays the scheduler's grid: a number of steps, or custom `timesteps` or `sigmas` where it takes them. `options`
+    are the scheduler's own."""
     given = {"timesteps": timesteps, "sigmas": sigmas}
     custom = {name: value for name, value in given.items() if value is not None}
     if len(custom) > 1:
@@ -88,7 +96,7 @@ def plan(
     for name in custom:
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name} was given, which {type(scheduler).__name__} doesn't take")
-    scheduler.set_timesteps(**custom or {"num_inference_steps": num_inference_steps})
+    scheduler.set_timesteps(**custom or {"num_inference_steps": num_inference_steps}, **options)
     return scheduler.timesteps
 
 
