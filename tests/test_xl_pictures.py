@@ -196,7 +196,7 @@ def test_inpainting_with_means_and_deviations_encodes_without_them(base):
 )
 def test_bad_arguments(image, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        image[0](PROMPT, **{"image": picture(), "num_inference_steps": 3, **arguments})
+        image[0](PROMPT, **{"image": picture(), "num_inference_steps": 5, **arguments})
 
 
 def test_wrong_networks(base, refiner):
@@ -205,6 +205,7 @@ def test_wrong_networks(base, refiner):
             made_as(base, "StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True)[0],
             prompt="a",
             image=picture(),
+            strength=1.0,
         )
     with pytest.raises(ValueError, match="isn't XL's"):
         minidiff.StableDiffusionXLPipeline(

@@ -3,7 +3,7 @@
 from .clip import CLIP_TEXT
 from .rules import Table
 from .unet import UNET_2D, UNET_2D_CONDITION
-from .vae import AUTOENCODER_KL
+from .vae import AUTOENCODER_KL, VQ_MODEL
 
 TABLES: dict[str, Table] = {
     "AutoencoderKL": AUTOENCODER_KL,
@@ -11,4 +11,5 @@ TABLES: dict[str, Table] = {
     "CLIPTextModelWithProjection": CLIP_TEXT,
     "UNet2DConditionModel": UNET_2D_CONDITION,
     "UNet2DModel": UNET_2D,
+    "VQModel": VQ_MODEL,
 }

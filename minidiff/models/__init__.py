@@ -5,6 +5,7 @@ from .clip import CLIPTextModel, CLIPTextModelWithProjection
 from .tokenizer import CLIPTokenizer
 from .unet import UNet2DConditionModel, UNet2DModel
 from .vae import AutoencoderKL
+from .vq import VQModel
 
 __all__ = [
     "AutoencoderKL",
@@ -13,5 +14,6 @@ __all__ = [
     "CLIPTokenizer",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "VQModel",
 ]
 __getattr__ = getter(__name__, __all__)

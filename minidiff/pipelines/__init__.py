@@ -5,6 +5,8 @@ from .base import DiffusionPipeline
 from .image_to_image import StableDiffusionImg2ImgPipeline
 from .inpaint import StableDiffusionInpaintPipeline
 from .latent_consistency import LatentConsistencyModelImg2ImgPipeline, LatentConsistencyModelPipeline
+from .latent_diffusion import LDMPipeline, LDMSuperResolutionPipeline
+from .noise_levels import KarrasVePipeline, RePaintPipeline, ScoreSdeVePipeline
 from .text_to_image import StableDiffusionPipeline
 from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
 from .xl import StableDiffusionXLPipeline
@@ -15,9 +17,14 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "KarrasVePipeline",
+    "LDMPipeline",
+    "LDMSuperResolutionPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "PNDMPipeline",
+    "RePaintPipeline",
+    "ScoreSdeVePipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
