@@ -26,9 +26,14 @@ def to_output(pictures: Tensor, output_type: str) -> list[Image.Image] | np.ndar
 
     Raises FloatingPointError for pictures that aren't finite: a VAE can overflow in float16.
     """
+    return as_output(denormalize(check_finite_pictures(pictures)), output_type)
+
+
+def check_finite_pictures(pictures: Tensor) -> Tensor:
+    """Returns `pictures`, or raises FloatingPointError."""
     if not pictures.isfinite().all():
         raise FloatingPointError("the pictures aren't finite, though what they were made from is: try torch.float32")
-    return as_output(denormalize(pictures), output_type)
+    return pictures
 
 
 def as_output(pictures: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:

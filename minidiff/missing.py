@@ -21,7 +21,6 @@ REASONS = {
     r"Flux|Diffusion3|SD3|DiT|Transformer|PixArt|Sana|Qwen|Lumina|AuraFlow|Bria|Chroma|HiDream|Cosmos|Kolors|ZImage": "transformers in place of UNets are another line of systems than Stable Diffusion 1, 2 and XL",
     r"Kandinsky|UnCLIP|Wuerstchen|Cascade|Shap|DeepFloyd|^IF|Amused|VQ|LDM|Latte|Paint|Marigold|LEdits|BLIP": "it is another system than Stable Diffusion 1, 2 and XL",
     r"XL": "UNet2DConditionModel, AutoencoderKL and CLIPTextModelWithProjection run the networks of XL",
-    r"SafetyChecker": "minidiff looks at no pictures; a folder that names a safety checker loads without it",
     r"Autoencoder": "of autoencoders minidiff has AutoencoderKL, that of Stable Diffusion",
 }
 KINDS = ("Pipeline", "Scheduler", "Model", "Output", "Tokenizer")

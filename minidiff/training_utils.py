@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .loading.component import Model
+from .loading.model import Model
 from .missing import getter
 from .schedulers.base import Scheduler
 

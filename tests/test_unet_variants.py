@@ -122,6 +122,13 @@ NCSNPP = {
 }
 
 
+NARROWER = {
+    "block_out_channels": [16, 32, 64],
+    "down_block_types": ["SkipDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D"],
+    "up_block_types": ["AttnSkipUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"],
+}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "more",

@@ -1,6 +1,6 @@
 """Names of tensors: what the files on the Hub call them, and what minidiff does. Data, and nothing of torch."""
 
-from .clip import CLIP_TEXT
+from .clip import CLIP_TEXT, CLIP_VISION, SAFETY_CHECKER
 from .rules import Table
 from .unet import UNET_2D, UNET_2D_CONDITION
 from .vae import AUTOENCODER_KL, VQ_MODEL
@@ -9,6 +9,9 @@ TABLES: dict[str, Table] = {
     "AutoencoderKL": AUTOENCODER_KL,
     "CLIPTextModel": CLIP_TEXT,
     "CLIPTextModelWithProjection": CLIP_TEXT,
+    "CLIPVisionModel": CLIP_VISION,
+    "CLIPVisionModelWithProjection": CLIP_VISION,
+    "StableDiffusionSafetyChecker": SAFETY_CHECKER,
     "UNet2DConditionModel": UNET_2D_CONDITION,
     "UNet2DModel": UNET_2D,
     "VQModel": VQ_MODEL,

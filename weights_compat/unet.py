@@ -35,6 +35,7 @@ def unet(attention: list[tuple[str, str]]) -> list[tuple[str, str]]:
     rows = same("conv_in", "conv_out")
     rows += [("conv_norm_out", "norm_out")]
     rows += nested("time_embedding", "time_mlp", TIME_MLP)
+    rows += [*same("class_embedding"), *nested("class_embedding", "class_embedding", TIME_MLP)]
     for hub, ours in PLACES:
         rows += nested(f"{hub}.resnets.{{}}", f"{ours}.resnets.{{}}", RESNET)
         rows += nested(f"{hub}.attentions.{{}}", f"{ours}.attentions.{{}}", attention)
@@ -60,7 +61,7 @@ NCSNPP = [
 ]
 
 UNET_2D = Table(
-    unet(PIXEL_ATTENTION) + same("class_embedding") + nested("class_embedding", "class_embedding", TIME_MLP) + NCSNPP,
+    unet(PIXEL_ATTENTION) + NCSNPP,
     aliases=pixel_attention_2022([f"{hub}.attentions.{{}}" for hub, _ in PLACES]),
 )
 

@@ -8,6 +8,7 @@ that nobody knows is an error too, unless `inert` lists it with the reason why i
 
 import json
 import math
+import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -42,21 +43,29 @@ MAX_LEVELS = 16  # of sizes in a UNet
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises LoadError, with the file's name, if it is anything else."""
+    check_readable(file)
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise LoadError(f"{file}: larger than {MAX_JSON_BYTES} bytes, which no real config is")
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise LoadError(f"{file}: larger than {MAX_JSON_BYTES} bytes, which no real config is")
         value = json.loads(file.read_text(encoding="utf-8"))
-    except LoadError:
-        raise
-    except FileNotFoundError:
-        raise LoadError(f"{file}: no such file") from None
-    except OSError as error:
-        raise LoadError(f"{file}: can't be read: {error}") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
         raise LoadError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise LoadError(f"{file}: must hold an object, not {type(value).__name__}")
     return value
+
+
+def check_readable(file: Path) -> None:
+    """Raises LoadError, which says why, if a file can't be opened."""
+    try:
+        file.open("rb").close()
+    except FileNotFoundError:
+        dangling = f"a link to {os.readlink(file)}, which isn't there" if file.is_symlink() else "no such file"
+        raise LoadError(f"{file}: {dangling}") from None
+    except PermissionError:
+        raise LoadError(f"{file}: permission denied") from None
+    except OSError as error:
+        raise LoadError(f"{file}: can't be read: {error}") from None
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -70,12 +79,14 @@ class Config(Mapping):
     `fixed` are the keys that are known at one value alone: a value, or a `Literal` whose first one is the default.
     `given` are the keys that were named rather than defaulted: only those travel to a class with other defaults.
     `extra` are keys that another class reads; they are kept, so that swapping a scheduler back restores them.
+    `version` is that of the library that wrote the file, if it says so: files from 2022 need mending.
     """
 
     fixed: ClassVar[Mapping[str, Any]] = {}
     inert: ClassVar[Mapping[str, str]] = {}
     given: ClassVar[frozenset[str]] = frozenset()
     extra: ClassVar[Mapping[str, Any]] = {}
+    version: ClassVar[str] = ""
 
     def __post_init__(self):
         for key, hint in _hints(type(self)).items():
@@ -90,7 +101,7 @@ class Config(Mapping):
 
         Keys that start with an underscore describe the file rather than the object and are left out.
         """
-        where = where or cls.__name__
+        where, version = where or cls.__name__, str(values.get("_diffusers_version", ""))
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         known = _hints(cls).keys()
         extra = {key: value for key, value in values.items() if key not in known}
@@ -109,6 +120,7 @@ class Config(Mapping):
             raise ConfigError(f"{where}: {error}") from None
         object.__setattr__(config, "given", frozenset(given))
         object.__setattr__(config, "extra", extra)
+        object.__setattr__(config, "version", version)
         return config
 
     @classmethod

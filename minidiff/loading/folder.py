@@ -9,16 +9,16 @@ tokenizer/vocab.json, merges.txt, ...
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from .component import FORMAT_VERSION, REGISTRY, Component, Model, check_save
+from .component import FORMAT_VERSION, REGISTRY, Component, check_save
 from .config import LoadError, read_json, write_json
-from .save import replacing
+from .model import Model
+from .save import INDEX, replacing
 from .weights import Files, find_weights, wanted
-
-INDEX = "model_index.json"
 
 
 def wanted_by_pipeline(names: list[str], files: Files, given: Collection[str]) -> list[str]:
@@ -34,15 +34,13 @@ def load_components(
     given: Mapping[str, Any],
     files: Files,
     expected: Collection[str],
-    settings: Collection[str],
-    left_out: Collection[str],
+    settings: Mapping[str, type],
 ) -> dict[str, Any]:
-    """What `model_index.json` names: components, and `settings`, which stand there as they are.
+    """What `model_index.json` names: components, and `settings` (their types by name), which stand there as they are.
 
-    Those `given` aren't read; those of the classes `left_out` become None, with a warning. Raises LoadError for a name
-    that isn't `expected`, and for an unknown class.
+    Those `given` aren't read. Raises LoadError for a name that isn't `expected`, and for an unknown class.
     """
-    components, without = {}, []
+    components: dict[str, Any] = {}
     to_read: dict[str, type[Component]] = {}
     for name, spec in read_json(index_file).items():
         if name.startswith("_") or name in given:
@@ -50,24 +48,26 @@ def load_components(
         if name not in expected:
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
         if name in settings:
-            if not isinstance(spec, bool | None):
-                raise LoadError(f"{index_file}: {name}={spec!r} must be true or false")
+            if type(spec) not in (settings[name], NoneType):
+                must = "true or false" if settings[name] is bool else f"a {settings[name].__name__}"
+                raise LoadError(f"{index_file}: {name}={spec!r} must be {must}")
             components[name] = spec
         elif spec == [None, None]:
             components[name] = None
         elif not isinstance(spec, list) or len(spec) != 2 or not all(isinstance(part, str) for part in spec):
             raise LoadError(f"{index_file}: {name}={spec!r} must be [library, class] or [null, null]")
-        elif spec[1] in left_out:
-            components[name] = None
-            without.append(f"{name} ({spec[1]})")
         elif spec[1] not in REGISTRY:
             supported = ", ".join(sorted(REGISTRY))
-            raise LoadError(f"{index_file}: {name} has the unknown class {spec[1]!r}; supported: {supported}")
+            raise LoadError(
+                f"{index_file}: {name} has the unknown class {spec[1]!r}; supported: {supported}. What {spec[0]} loads"
+                f" can be given: from_pretrained(..., {name}=...)"
+            )
         else:
             to_read[name] = REGISTRY[spec[1]]
     root = index_file.parent
     at_root = (root / "config.json").exists()  # the DDPM paper's own repositories have no folder for each component
-    folders = {name: root if at_root and not (root / name).is_dir() else root / name for name in to_read}
+    nested = {name for name, cls in to_read.items() if any((root / name / file).exists() for file in cls.files)}
+    folders = {name: root if at_root and name not in nested else root / name for name in to_read}
     models = [name for name, cls in to_read.items() if issubclass(cls, Model)]
     if files.variant and models and not any(find_weights(folders[name], files) for name in models):
         raise LoadError(f"{root}: no component has weights of the variant {files.variant!r}")
@@ -77,8 +77,6 @@ def load_components(
             warnings.warn(f"{folder}: has no variant {files.variant!r}; its other weights are loaded", stacklevel=3)
             chosen = files._replace(variant=None)
         components[name] = cls.read_from(folder, chosen)
-    if without:
-        warnings.warn(f"Loaded as None, since minidiff doesn't have them yet: {', '.join(without)}", stacklevel=3)
     return components
 
 
@@ -90,22 +88,25 @@ def save_components(
     *,
     variant: str | None = None,
     safe_serialization: bool = True,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Writes a pipeline's folder, which afterwards holds all of it or is as it was. Other files in it stay."""
-    check_save(folder, variant, safe_serialization)
-    index = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION}
+    files = check_save(folder, variant, safe_serialization, max_shard_size or Files().max_shard_size)
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION, **settings}
+    written: dict[str, Component] = {}
     for name, component in components.items():
-        if component is not None and REGISTRY.get(type(component).__name__) is not type(component):
-            raise TypeError(f"{name} is a {type(component).__name__}, which isn't minidiff's and can't be saved")
-        index[name] = [None, None] if component is None else [component.library, type(component).__name__]
-    written = {name: component for name, component in components.items() if component is not None}
+        index[name] = [None, None]
+        if component is not None:
+            written[name] = component = getattr(component, "_orig_mod", component)  # torch.compile wraps it
+            if REGISTRY.get(type(component).__name__) is not type(component):
+                raise TypeError(f"{name} is a {type(component).__name__}, which isn't minidiff's and can't be saved")
+            index[name] = [component.library, type(component).__name__]
 
-    def replaced(old: Path) -> set[str]:
-        parts = written.items()
-        return {INDEX} | {f"{name}/{file}" for name, part in parts for file in part.replaced(old / name, variant)}
+    def ends(part: Component) -> Callable[[Path], set[str]]:
+        return lambda old: part.replaced(old, files)
 
-    with replacing(Path(folder), replaced) as new:
+    parts = {"": lambda _: set(), **{name: ends(part) for name, part in written.items()}}
+    with replacing(Path(folder), parts) as stages:
         for name, component in written.items():
-            (new / name).mkdir()
-            component.write_to(new / name, variant)
-        write_json(new / INDEX, {**index, **settings})
+            component.write_to(stages[name], files)
+        write_json(stages[""] / INDEX, index)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from weights_compat.clip import CLIP_TEXT
 
-from ..loading.component import Model, check_tensors
+from ..loading.component import check_tensors
 from ..loading.config import Config, Depth, Width
+from ..loading.model import Model
 from ..outputs import output
 from .unet import Attention
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D, UNET_2D_CONDITION
 
-from ..loading.component import Model
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
+from ..loading.model import Model
 from ..outputs import output
 
 
@@ -217,17 +217,20 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, dim: int, heads: int, context_dim: int):
+    """Pixels look at each other, then at the text; with `only_cross` at the text twice (the x4 upscaler)."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int, only_cross: bool = False):
         super().__init__()
+        self.only_cross = only_cross
         self.self_norm = nn.LayerNorm(dim)
-        self.self_attention = Attention(dim, heads)
+        self.self_attention = Attention(dim, heads, context_dim if only_cross else None)
         self.cross_norm = nn.LayerNorm(dim)
         self.cross_attention = Attention(dim, heads, context_dim)
         self.ff_norm = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.self_attention(self.self_norm(x))
+        x = x + self.self_attention(self.self_norm(x), context if self.only_cross else None)
         x = x + self.cross_attention(self.cross_norm(x), context)
         return x + self.ff(self.ff_norm(x))
 
@@ -235,13 +238,22 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer over pixels that reads the text (High-resolution image synthesis with latent diffusion, 3.3)."""
 
-    def __init__(self, channels: int, heads: int, depth: int, context_dim: int, groups: int, linear: bool):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        depth: int,
+        context_dim: int,
+        groups: int,
+        linear: bool,
+        only_cross: bool = False,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         # A 1x1 convolution and a linear layer over tokens are the same map: SD 1 has the first, SD 2 and XL the second
         self.linear = linear
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, only_cross) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -357,6 +369,8 @@ class UNetConfig(Config):
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     time_embedding_dim: Width | None = None  # None: four times the first level's channels
     mid_block_type: str | None  # None: there is no middle (BK-SDM)
+    class_embed_type: str | None = None  # what class_labels are: "timestep" numbers, "identity" or "projection" vectors
+    num_class_embeds: Width | None = None  # read without a class_embed_type: a vector for each class
 
     def __post_init__(self):
         super().__post_init__()
@@ -408,7 +422,6 @@ class UNet2DConfig(UNetConfig):
     add_attention: bool = True  # in the middle
     attn_norm_num_groups: Width | None = None  # there too; None: as the other norms, or with scale_shift no norm
     class_embed_type: Literal["timestep", "identity", None] = None
-    num_class_embeds: Width | None = None  # read without a class_embed_type: a vector for each class
 
     def __post_init__(self):
         super().__post_init__()
@@ -446,6 +459,7 @@ class UNet2DConditionConfig(UNetConfig):
     transformer_layers_per_block: Depth | tuple[Depth | tuple[Depth, ...], ...] = 1
     reverse_transformer_layers_per_block: tuple[Depth | tuple[Depth, ...], ...] | None = None
     attention_head_dim: Width | tuple[Width, ...] = 8  # the NUMBER of heads: an old misnomer that checkpoints keep
+    only_cross_attention: bool | tuple[bool, ...] = False  # by level: pixels don't look at each other
     use_linear_projection: bool = False
     # SD 2.1 asks for attention in float32. Here, as in the reference, scaled_dot_product_attention is taken all the
     # same: its softmax runs in float32 inside
@@ -453,11 +467,13 @@ class UNet2DConditionConfig(UNetConfig):
     addition_embed_type: Literal["text_time", None] = None  # XL: pooled text, sizes and crops join the timestep
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    class_embed_type: Literal["timestep", "identity", "projection", "simple_projection", None] = None
     time_cond_proj_dim: Width | None = None  # latent consistency models: waves of the guidance scale
 
     def __post_init__(self):
         super().__post_init__()
         self.per_level("cross_attention_dim")
+        self.per_level("only_cross_attention")
         layers, nested = self.per_level("layers_per_block"), False
         for key, more in (("transformer_layers_per_block", 0), ("reverse_transformer_layers_per_block", 1)):
             for depths, count in zip(self.per_level(key), layers[::-1] if more else layers, strict=True):
@@ -473,6 +489,9 @@ class UNet2DConditionConfig(UNetConfig):
         for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
             fits = self.addition_embed_type is None or 2 * self.freq_shift < (self[key] or 0) <= 2**20
             self.require(fits, key, f'lie between 2 * freq_shift and {2**20}, for addition_embed_type="text_time"')
+        projected = self.class_embed_type in ("projection", "simple_projection")
+        fits = not projected or 0 < (self.projection_class_embeddings_input_dim or 0) <= 2**20
+        self.require(fits, "projection_class_embeddings_input_dim", "be given, for this class_embed_type")
 
     def depth(self, level: int, layer: int, up: bool) -> int:
         """How many transformer blocks come after a layer."""
@@ -489,6 +508,7 @@ class UNet(Model, abstract=True):
         widths, groups = c.block_out_channels, c.norm_num_groups or default_groups(c.block_out_channels[0])
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_mlp = TimeMLP(self.waves_dim, c.time_dim, c.get("time_cond_proj_dim"))
+        self.class_embedding = self.make_class_embedding()
         self.mid = None if c.mid_block_type is None else self.make_middle(len(widths) - 1)
         self.down, self.up = map(nn.ModuleList, self.make_levels())
         self.norm_out = nn.GroupNorm(groups, widths[0], c.norm_eps)
@@ -526,6 +546,18 @@ class UNet(Model, abstract=True):
         scale_shift = c.resnet_time_scale_shift == "scale_shift"
         options = {"scale_shift": scale_shift, "dropout": c.dropout, "resample": resample}
         return ResnetBlock(c_in, c_out, c.norm_num_groups, c.norm_eps, c.time_dim, **options)
+
+    def make_class_embedding(self) -> nn.Module | None:
+        c = self.config
+        if c.class_embed_type is None:
+            return nn.Embedding(c.num_class_embeds, c.time_dim) if c.num_class_embeds else None
+        makes: dict[str, Callable[[], nn.Module]] = {
+            "timestep": lambda: TimeMLP(self.waves_dim, c.time_dim),
+            "identity": nn.Identity,
+            "projection": lambda: TimeMLP(c.projection_class_embeddings_input_dim, c.time_dim),
+            "simple_projection": lambda: nn.Linear(c.projection_class_embeddings_input_dim, c.time_dim),
+        }
+        return makes[c.class_embed_type]()
 
     def make_attention(self, level: int, layer: int, up: bool = False) -> nn.Module:
         """The attention of one level: over pixels in UNet2DModel, a transformer that reads text in the other."""
@@ -566,6 +598,25 @@ class UNet(Model, abstract=True):
         t = t.reshape(-1).expand(B)
         return self.time_mlp(self.waves(t).to(sample.dtype), cond)  # waves are float32; the network may not be
 
+    def embed_class(self, sample: Tensor, class_labels: Tensor | None) -> Tensor | float:
+        """(B, time_dim) of what each sample should be: a class, a number, or a vector. Else 0."""
+        c, B = self.config, sample.shape[0]
+        if (class_labels is None) != (self.class_embedding is None):
+            wants = "none, for this UNet has no classes"
+            wants = wants if self.class_embedding is None else "one for each sample: this UNet has classes"
+            raise ValueError(f"class_labels must be {wants}")
+        if class_labels is None:
+            return 0.0
+        labels, dim = torch.as_tensor(class_labels, device=sample.device), c.time_dim
+        if c.class_embed_type in ("projection", "simple_projection"):
+            dim = c.projection_class_embeddings_input_dim
+        shape = (B,) if c.class_embed_type in (None, "timestep") else (B, dim)
+        if labels.shape != shape:
+            raise ValueError(f"class_labels has shape {tuple(labels.shape)}, not {shape}")
+        if c.class_embed_type is None:
+            return self.class_embedding(labels)
+        return self.class_embedding((self.waves(labels) if labels.ndim == 1 else labels).to(sample.dtype))
+
     def denoise(self, sample: Tensor, temb: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
         x = self.conv_in(sample)
@@ -602,10 +653,6 @@ class UNet2DModel(UNet):
         super().build(c)
         if c.time_embedding_type == "fourier":
             self.fourier = Fourier(c.block_out_channels[0])
-        if c.class_embed_type == "timestep":
-            self.class_embedding = TimeMLP(self.waves_dim, c.time_dim)
-        elif c.class_embed_type is None and c.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(c.num_class_embeds, c.time_dim)
 
     def make_attention(self, level: int, layer: int, up: bool = False) -> PixelAttention:
         c = self.config
@@ -647,26 +694,6 @@ class UNet2DModel(UNet):
     def denoise(self, sample: Tensor, temb: Tensor, context: None = None) -> Tensor:
         return ncsnpp().denoise(self, sample, temb) if self.config.progressive else super().denoise(sample, temb)
 
-    def embed_class(self, sample: Tensor, class_labels: Tensor | None) -> Tensor | float:
-        """(B, time_dim) of what each sample should be: a class, a number, or such a vector itself. Else 0."""
-        c, B = self.config, sample.shape[0]
-        kind = c.class_embed_type or ("class" if c.num_class_embeds else None)
-        if (class_labels is None) != (kind is None):
-            has = "none, for this UNet has no classes" if kind is None else "one for each sample: this UNet has classes"
-            raise ValueError(f"class_labels must be {has}")
-        if kind is None:
-            return 0.0
-        labels, shape = torch.as_tensor(class_labels, device=sample.device), (B, c.time_dim)
-        if labels.shape != (shape if kind == "identity" else (B,)):
-            raise ValueError(
-                f"class_labels has shape {tuple(labels.shape)}, not {shape if kind == 'identity' else (B,)}"
-            )
-        if kind == "class":
-            return self.class_embedding(labels)
-        return (
-            labels.to(sample.dtype) if kind == "identity" else self.class_embedding(self.waves(labels).to(sample.dtype))
-        )
-
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNetOutput | tuple[Tensor]:
@@ -702,17 +729,18 @@ class UNet2DConditionModel(UNet):
         if c.addition_embed_type == "text_time":
             self.added_mlp = TimeMLP(c.projection_class_embeddings_input_dim, c.time_dim)
 
-    def make_attention(self, level: int, layer: int, up: bool = False) -> SpatialTransformer:
+    def make_attention(self, level: int, layer: int, up: bool = False, middle: bool = False) -> SpatialTransformer:
         c, depth = self.config, self.config.depth(level, layer, up)
         heads, context_dim = (c.per_level(key)[level] for key in ("attention_head_dim", "cross_attention_dim"))
         width, groups = c.block_out_channels[level], c.norm_num_groups
-        return SpatialTransformer(width, heads, depth, context_dim, groups, c.use_linear_projection)
+        only_cross = c.per_level("only_cross_attention")[level] and not middle  # which the reference leaves out
+        return SpatialTransformer(width, heads, depth, context_dim, groups, c.use_linear_projection, only_cross)
 
     def make_middle(self, level: int) -> MidBlock:
         attentive = self.config.mid_block_type == "UNetMidBlock2DCrossAttn"  # else one residual block is all
         width = self.config.block_out_channels[level]
         resnets = [self.make_resnet(width, width) for _ in range(2 if attentive else 1)]
-        return MidBlock(resnets, [self.make_attention(level, 0)] if attentive else [])
+        return MidBlock(resnets, [self.make_attention(level, 0, middle=True)] if attentive else [])
 
     def check_states(self, sample: Tensor, states: Tensor | None) -> None:
         dims = self.config.per_level("cross_attention_dim")
@@ -749,6 +777,7 @@ class UNet2DConditionModel(UNet):
         sample: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor | None,
+        class_labels: Tensor | None = None,
         *,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
@@ -760,6 +789,7 @@ class UNet2DConditionModel(UNet):
         cross_attention_dim is that of every level's pixels: they look at one another once more.
 
         `timestep` may be a number too; a compiled network is compiled anew for each of those, but not for tensors.
+        `class_labels`, where the UNet has classes: (B,), or (B, n) where they are vectors.
         `timestep_cond` (latent consistency models alone): (B, time_cond_proj_dim).
         `added_cond_kwargs` (XL alone): `text_embeds` (B, n) and `time_ids` (B, 6). `others`: arguments of the
         reference that must be None here; an error says why.
@@ -778,7 +808,7 @@ class UNet2DConditionModel(UNet):
             if dim is None or timestep_cond.shape != (sample.shape[0], dim):
                 takes = "none, since it has no time_cond_proj_dim" if dim is None else (sample.shape[0], dim)
                 raise ValueError(f"timestep_cond has shape {tuple(timestep_cond.shape)}; this UNet takes {takes}")
-        temb = self.embed_timestep(sample, timestep, timestep_cond)
+        temb = self.embed_timestep(sample, timestep, timestep_cond) + self.embed_class(sample, class_labels)
         if self.config.addition_embed_type == "text_time":
             temb = temb + self.embed_added(sample, added_cond_kwargs)
         out = self.denoise(sample, temb, states)
@@ -804,10 +834,7 @@ UNet2DConfig.inert = AVERAGED | {"num_train_timesteps": "documents the training;
 UNet2DConditionConfig.fixed = UNetConfig.fixed | {
     "mid_block_scale_factor": 1,
     "time_embedding_type": "positional",
-    "class_embed_type": None,
-    "num_class_embeds": None,
     "num_attention_heads": None,
-    "only_cross_attention": False,
     "mid_block_only_cross_attention": Literal[None, False],
     "dual_cross_attention": False,
     "cross_attention_norm": None,
@@ -828,7 +855,6 @@ UNet2DConditionConfig.inert = AVERAGED | {
 
 # Arguments of the reference's UNet2DConditionModel that do nothing here
 REFUSED = {
-    "class_labels": "no supported UNet2DConditionModel is conditioned on classes",
     "attention_mask": "it hides pixels from one another, which no pipeline of Stable Diffusion does",
     "encoder_attention_mask": "the UNets were trained on states that see the padding; shorten the states",
     "cross_attention_kwargs": "there are no attention processors; hooks or subclassed modules change the attention",

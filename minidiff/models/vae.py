@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from weights_compat.vae import AUTOENCODER_KL
 
-from ..loading.component import Model
 from ..loading.config import MAX_LEVELS, Config, Depth, Width
+from ..loading.model import Model
 from ..noise import Generators, randn_tensor
 from ..outputs import output
 from .tiling import in_tiles

@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..loading.arguments import DOWNLOADS, LOADING, SAVING, check_keywords, one_device
 from ..loading.component import Component
 from ..loading.config import LoadError, read_json
 from ..loading.folder import load_components, save_components, wanted_by_pipeline
 from ..loading.hub import fetch
+from ..loading.save import INDEX, reading
 from ..loading.weights import which_files
 from ..outputs import output
 from .memory import MemorySwitches
@@ -28,12 +30,6 @@ MISSING = {  # of the reference's pipelines: what to do instead
     "fuse_qkv_projections": "nothing needs it: leave it out",
     "load_ip_adapter": "minidiff has no IP-Adapter",
     "upcast_vae": "give the VAE a dtype of its own: pipe.vae.to(torch.float32)",
-}
-
-# Parts of real folders that a picture doesn't depend on and that aren't written yet
-LEFT_OUT = {
-    "safety_checker": ("StableDiffusionSafetyChecker",),
-    "feature_extractor": ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorPil"),
 }
 
 
@@ -71,6 +67,18 @@ class DiffusionPipeline(Runs, MemorySwitches):
                 raise TypeError(f"{name} must be a {wanted}, but is {component!r:.100}")
             setattr(self, name, component)
 
+    @classmethod
+    def required(cls) -> dict[str, bool]:
+        """Arguments of `__init__` without a default, and whether they can't be None: XL's refiner has fewer parts."""
+        hints, parameters = get_type_hints(cls.__init__), inspect.signature(cls).parameters.values()
+        return {p.name: not isinstance(None, hints[p.name]) for p in parameters if p.default is p.empty}
+
+    @classmethod
+    def settings(cls) -> dict[str, type]:
+        """The kinds of the settings, by name."""
+        hints = get_type_hints(cls.__init__)
+        return {name: hints[name] for name in cls.setting_names}
+
     @property
     def components(self) -> dict[str, Any]:
         """All components by name. `OtherPipeline(**pipe.components)` shares them, without a copy."""
@@ -81,56 +89,87 @@ class DiffusionPipeline(Runs, MemorySwitches):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        **components: Any,
+        device_map: str | torch.device | None = None,
+        **keywords: Any,
     ) -> Self:
         """The pipeline in a folder or Hub repository. `DiffusionPipeline` itself picks the class that the folder names.
 
-        `components` given by name are taken instead of the folder's (`unet=my_unet`, `safety_checker=None`); they
-        aren't read or downloaded. The other arguments are those of `minidiff.loading.load_component`.
+        Components given by name are taken instead of the folder's (`unet=my_unet`, `safety_checker=None`); they
+        aren't read or downloaded. The other arguments are those of a component's `from_pretrained`.
 
         Raises LoadError for a missing or damaged file, ConfigError for a key or value in one that isn't supported,
-        TypeError for the name of a component that the pipeline doesn't have.
+        TypeError for an argument that is neither known nor a component of the pipeline.
         """
-        files = which_files(dtype or torch_dtype, variant, use_safetensors)
+        files, device = which_files(dtype or torch_dtype, variant, use_safetensors), one_device(device_map)
+        hub = {name: keywords.pop(name) for name in DOWNLOADS if name in keywords}
+        given = {name: value for name, value in keywords.items() if name not in LOADING}
 
         def wanted(names: list[str]) -> list[str]:
-            return wanted_by_pipeline(names, files, {*components, *LEFT_OUT})
+            return wanted_by_pipeline(names, files, given)
 
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        folder = fetch(pretrained_model_name_or_path, wanted, "model_index.json", **hub)
-        index_file = folder / "model_index.json"
-        if cls is DiffusionPipeline:
-            cls = _class_named(read_json(index_file).get("_class_name"), str(index_file))
-        parameters = inspect.signature(cls).parameters
-        if unknown := components.keys() - parameters.keys():
-            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
-        left_out = {kind for kinds in LEFT_OUT.values() for kind in kinds}
-        found = load_components(index_file, components, files, tuple(parameters), cls.setting_names, left_out)
-        found |= components
-        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-        hints = get_type_hints(cls.__init__)
-        found |= {name: found.get(name) for name in required if isinstance(None, hints[name])}  # the refiner has fewer
-        required = [name for name in required if not isinstance(None, hints[name])]
-        if missing := [name for name in required if found.get(name) is None]:
+        folder = fetch(pretrained_model_name_or_path, wanted, INDEX, **hub)
+        index_file = folder / INDEX
+        with reading(folder):
+            if cls is DiffusionPipeline:
+                cls = _class_named(read_json(index_file).get("_class_name"), str(index_file))
+            parameters = inspect.signature(cls).parameters
+            arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
+            check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
+            found = load_components(index_file, given, files, tuple(parameters), cls.settings())
+        found |= given
+        found = dict.fromkeys(cls.required()) | found
+        if missing := [name for name, needed in cls.required().items() if needed and found[name] is None]:
             raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
-        return cls(**found)
+        pipe = cls(**found)
+        return pipe.to(device) if device else pipe
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: "DiffusionPipeline",
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **given: Any,
+    ) -> Self:
+        """This pipeline with the components and settings of another one: shared, no copy. `given` go before them.
+
+        A `dtype` converts the models, which the other pipeline has too. (The reference converts to float32 without.)
+
+        Raises TypeError for what the pipeline doesn't have, ValueError for what it needs and the other hasn't.
+        """
+        parameters = inspect.signature(cls).parameters
+        if unknown := given.keys() - parameters.keys():
+            raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
+        settings = {name: getattr(pipeline, name) for name in pipeline.setting_names}
+        found = {name: part for name, part in (pipeline.components | settings).items() if name in parameters} | given
+        found = dict.fromkeys(cls.required()) | found
+        if missing := [name for name, needed in cls.required().items() if needed and found[name] is None]:
+            raise ValueError(f"a {type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs")
+        made = cls(**found)
+        made._hooks, made._offload_device = pipeline._hooks, pipeline._offload_device
+        return made.to(dtype or torch_dtype) if dtype or torch_dtype else made
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, variant: str | None = None, safe_serialization: bool = True
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        max_shard_size: int | str | None = None,
+        **keywords: Any,
     ) -> None:
         """Writes a folder that this and the reference's `from_pretrained` load. Other files in it stay.
 
-        The folder holds the whole pipeline afterwards, or, if anything fails on the way, what it held before.
+        The folder holds the whole pipeline afterwards, or, if anything fails on the way, what it held before. Weights
+        larger than `max_shard_size` (bytes, or "5GB"; "10GB" if None) are written in shards.
         """
-        options = {"variant": variant, "safe_serialization": safe_serialization}
+        options = {"variant": variant, "safe_serialization": safe_serialization, "max_shard_size": max_shard_size}
+        check_keywords(keywords, SAVING, type(self).__name__, ("save_directory", *options))
         settings = {name: getattr(self, name) for name in self.setting_names}
         save_components(self.components, settings, type(self).__name__, save_directory, **options)
 
@@ -196,8 +235,9 @@ def _describe(part: Any) -> list[str | None]:
     return [getattr(part, "library", type(part).__module__.split(".")[0]), type(part).__name__]
 
 
-def _serves_as(component: Any, kind: type) -> bool:
-    """One of minidiff's own classes must be `kind`; what others wrote (a wrapped model, say) must only look like it."""
+def _serves_as(component: Any, kind: Any) -> bool:
+    """One of minidiff's own classes must be `kind`, a class or a union of some; what others wrote (a wrapped model,
+    say) must only look like it."""
     if isinstance(component, kind | Component | type | None):
         return isinstance(component, kind)
     looks = callable(component) or hasattr(component, "step")

@@ -4,6 +4,7 @@ A call of any of them: its arguments are checked, the timesteps laid (`plan`), t
 the first latents made; then comes THE loop (`denoise`), and the pictures (`finish`). What differs stands in each file.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -14,8 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from ..image_processor import VaeImageProcessor
-from ..images import check_output_type, to_output
-from ..models import AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
+from ..images import check_finite_pictures, check_output_type, to_pil
+from ..models import (
+    AutoencoderKL,
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+)
 from ..outputs import output
 from ..schedulers.base import Scheduler, as_integer, check_number
 from .base import DiffusionPipeline
@@ -51,6 +60,7 @@ class StableDiffusion(DiffusionPipeline):
     # Folders from 2022 lack keys of the scheduler, whose defaults are wrong for Stable Diffusion. The reference mends
     # them too
     scheduler_mends: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+    mends_sample_size: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -59,29 +69,34 @@ class StableDiffusion(DiffusionPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
-        safety_checker: None = None,
-        feature_extractor: None = None,
-        image_encoder: None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
         requires_safety_checker: bool = True,
     ):
-        optional = {
-            "safety_checker": safety_checker,
-            "feature_extractor": feature_extractor,
-            "image_encoder": image_encoder,
-        }
-        for name, part in optional.items():
-            if part is not None:
-                raise ValueError(f"{name} must be None: minidiff has none yet")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             unet=unet,
             scheduler=scheduler,
-            **optional,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
         )
         self._prepare()
-        self.requires_safety_checker = requires_safety_checker
+        self._require_safety_checker(requires_safety_checker)
+
+    def _require_safety_checker(self, required: bool) -> None:
+        self.requires_safety_checker = required
+        if self.safety_checker is None and required:
+            warnings.warn(
+                f"{type(self).__name__} has no safety checker. The licence of Stable Diffusion asks that services open"
+                " to the public show no unfiltered pictures; requires_safety_checker=False ends this warning",
+                stacklevel=3,
+            )
+        if self.safety_checker is not None and self.feature_extractor is None:
+            raise ValueError("safety_checker needs a feature_extractor: give one, or safety_checker=None")
 
     def _prepare(self) -> None:
         """Checks that the components fit, and mends what folders from 2022 lack."""
@@ -96,6 +111,8 @@ class StableDiffusion(DiffusionPipeline):
         config = self.scheduler.config
         if mended := {key: to for key, to in self.scheduler_mends.items() if config.get(key, to) != to}:
             self.scheduler = type(self.scheduler).from_config({**config.explicit(), **mended})
+        if self.mends_sample_size:
+            mend_sample_size(self.unet)
         self.vae_scale_factor = self.vae.factor
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -176,13 +193,29 @@ class StableDiffusion(DiffusionPipeline):
             sizes.append(size)
         return sizes[0], sizes[1]
 
+    def run_safety_checker(
+        self, image: Tensor | np.ndarray, device: torch.device | str, dtype: torch.dtype
+    ) -> tuple[Tensor | np.ndarray, list[bool] | None]:
+        """Pictures (B, C, H, W) in [-1, 1], or arrays (B, H, W, C) in [0, 1] -> the same with zeros for those that
+        aren't safe, and a flag for each; None without a safety checker."""
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.image_processor.postprocess(image) if isinstance(image, Tensor) else to_pil(image)
+        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device)
+        dtype = getattr(self.safety_checker, "dtype", dtype)
+        return self.safety_checker(images=image, clip_input=seen.to(dtype))
+
     def finish(
         self, latents: Tensor, output_type: str, return_dict: bool
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Latents -> what the call returns."""
         images, flags = latents, None
         if output_type != "latent":
-            images = to_output(decode_latents(self.vae, latents, self._execution_device, self.latents_as), output_type)
+            device = self._execution_device
+            pictures = check_finite_pictures(decode_latents(self.vae, latents, device, self.latents_as))
+            pictures, flags = self.run_safety_checker(pictures, device, self.unet.dtype)
+            within = None if flags is None else [not flag for flag in flags]  # black ones are in [0, 1] already
+            images = self.image_processor.postprocess(pictures, output_type, within)
         result = StableDiffusionPipelineOutput(images, flags)
         return result if return_dict else tuple(result)
 
@@ -215,3 +248,10 @@ def check_call(
     if count < 1:
         raise ValueError(f"num_images_per_prompt={count} must be 1 or more")
     return count
+
+
+def mend_sample_size(unet: UNet2DConditionModel) -> None:
+    """The UNets of 2022 were trained at 64, whatever their configs say: from diffusers 0.9 on they say it."""
+    config, old = unet.config, re.match(r"(\d+)\.(\d+)", unet.config.version)
+    if old and (int(old[1]), int(old[2])) < (0, 9) and isinstance(config.sample_size, int) and config.sample_size < 64:
+        unet.config = type(config).read({**config.explicit(), "sample_size": 64})

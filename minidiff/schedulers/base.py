@@ -111,7 +111,7 @@ class Sampler(Configured, abstract=True):
         file = folder / "scheduler_config.json"
         return cls(cls.Config.read(read_json(file), str(file)))
 
-    def write_to(self, folder: Path, variant: str | None) -> None:
+    def write_to(self, folder: Path, files: Files) -> None:
         header = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
         write_json(folder / "scheduler_config.json", header | dict(self.config))
 
