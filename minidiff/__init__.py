@@ -38,6 +38,7 @@ from .pipelines import (
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -58,7 +59,6 @@ from .schedulers import (
     PNDMScheduler,
     RePaintScheduler,
     ScoreSdeVeScheduler,
-    StableDiffusionUpscalePipeline,
     TCDScheduler,
 )
 

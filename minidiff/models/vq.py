@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from weights_compat.vae import VQ_MODEL
 
-from ..loading.component import Model
 from ..loading.config import Width
+from ..loading.model import Model
 from ..outputs import output
 from .vae import AutoencoderBase, Decoder, Encoder
 

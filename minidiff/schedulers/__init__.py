@@ -18,8 +18,6 @@ from .repaint import RePaintScheduler
 from .score_sde_ve import ScoreSdeVeScheduler
 from .tcd import TCDScheduler
 
-__all__ = ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
-__getattr__ = getter(__name__, __all__)
 __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
@@ -38,3 +36,4 @@ __all__ = [
     "ScoreSdeVeScheduler",
     "TCDScheduler",
 ]
+__getattr__ = getter(__name__, __all__)
