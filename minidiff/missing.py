@@ -21,7 +21,6 @@ REASONS = {
     "Audio Music 1D Spectrogram": "minidiff draws pictures, no sound",
     "Flux Diffusion3 SD3 DiT Transformer PixArt Sana Qwen Lumina AuraFlow Chroma HiDream Cosmos Kolors ZImage": OTHERS,
     "Kandinsky UnCLIP Wuerstchen Cascade Shap IFPipeline IFImg IFIn Amused VQ LDM Latte Paint Marigold BLIP": OTHERS,
-    "XL": "UNet2DConditionModel, AutoencoderKL and CLIPTextModelWithProjection run the networks of XL",
     "Autoencoder": "of autoencoders minidiff has AutoencoderKL, that of Stable Diffusion",
 }
 KINDS = ("Pipeline", "Scheduler", "Model", "Output", "Tokenizer")

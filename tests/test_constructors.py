@@ -11,7 +11,8 @@ import transformers
 from reference import randomize
 
 import minidiff as m
-from minidiff.loading.component import REGISTRY, Configured, Model
+from minidiff.loading.component import REGISTRY, Configured
+from minidiff.loading.model import Model
 from weights_compat import TABLES
 
 

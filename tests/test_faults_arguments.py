@@ -200,6 +200,7 @@ def test_models(tiny_models):
     for value in (x, latents[0]):
         refuses("z", vae.decode, value)
     ids = torch.zeros(2, 5).long()
+    ids[:, -1] = text.config.eos_token_id
     for value in (torch.zeros(2, 17).long(), ids[0], ids[:, :0], ids[:0], ids.float(), ids.bool(), None, [[1]], "a"):
         refuses("input_ids", text, value)
     for value in (ids - 1, ids + text.config.vocab_size, ids + 2**40):

@@ -252,6 +252,7 @@ def check_call(
 
 def mend_sample_size(unet: UNet2DConditionModel) -> None:
     """The UNets of 2022 were trained at 64, whatever their configs say: from diffusers 0.9 on they say it."""
-    config, old = unet.config, re.match(r"(\d+)\.(\d+)", unet.config.version)
+    config, version = unet.config, getattr(unet.config, "version", "")  # somebody else's network has none
+    old = re.match(r"(\d+)\.(\d+)", version)
     if old and (int(old[1]), int(old[2])) < (0, 9) and isinstance(config.sample_size, int) and config.sample_size < 64:
         unet.config = type(config).read({**config.explicit(), "sample_size": 64})
