@@ -44,7 +44,7 @@ NARROW["CLIPTextModelWithProjection"] = NARROW["CLIPTextModel"]
 def test_every_model_and_sampler_is_walked():
     public = [*m.models.__all__, *m.schedulers.__all__]
     configured = {name for name in public if issubclass(getattr(m, name), Configured)}
-    assert configured <= set(NAMES)
+    assert configured - {"StableDiffusionSafetyChecker"} <= set(NAMES)  # its config is CLIP's: see test_safety_checker
     assert {name for name in NAMES if issubclass(REGISTRY[name], Model)} >= {"AutoencoderKL", "UNet2DModel"}
 
 
@@ -78,7 +78,7 @@ def test_what_the_reference_saves_loads(name, tmp_path):
         assert expected.keys() == ours.state_dict().keys()
         assert all(torch.equal(tensor, expected[key]) for key, tensor in ours.state_dict().items())
         return
-    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    saved = json.loads((tmp_path / cls.files[0]).read_text())
     for key in inspect.signature(cls.Config).parameters:
         if key in saved:
             value = saved[key]

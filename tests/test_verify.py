@@ -49,7 +49,7 @@ STAGES = {
     "stable-diffusion-v1-5": 15,
     "stable-diffusion-2-1": 15,
     "stable-diffusion-inpainting": 12,
-    "stable-diffusion-xl-base-1.0": 15,
+    "stable-diffusion-xl-base-1.0": 17,
     "ddpm-butterflies-128": 9,
 }
 
@@ -110,7 +110,7 @@ def test_half_precision_has_looser_bounds_that_still_tell_a_gross_mistake(run, m
 
 
 def test_a_norms_eps_fails_at_the_unet(parts, run, monkeypatch):
-    config = minidiff.unet.UNet2DConditionConfig
+    config = minidiff.models.unet.UNet2DConditionConfig
     read = config.read.__func__
     monkeypatch.setattr(
         config, "read", classmethod(lambda cls, values, where=None: read(cls, {**values, "norm_eps": 1e-3}, where))
@@ -137,7 +137,7 @@ def test_another_word_fails_at_the_tokenizer(parts, run, monkeypatch):
 
 
 def test_a_mistake_in_the_loop_alone_fails_at_the_picture(folder, run, monkeypatch):
-    monkeypatch.setattr("minidiff.pipelines.stable_diffusion.guide", lambda uncond, text, scale, *_: text)
+    monkeypatch.setattr("minidiff.pipelines.denoise.guide", lambda uncond, text, scale, *_: text)
     code, verdicts, out = run(folder)
     assert code == 1 and failing(verdicts) == {PICTURE}, out
 
