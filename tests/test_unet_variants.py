@@ -106,3 +106,58 @@ def test_errors_name_the_key(more):
 
     with pytest.raises(ConfigError, match=f"{next(iter(more))}|reverse_"):
         getattr(minidiff, class_name).from_config(config | more)
+
+
+NCSNPP = {
+    "sample_size": 16,
+    "block_out_channels": [32, 64, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": None,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+    "time_embedding_type": "fourier",
+    "mid_block_scale_factor": 2**0.5,
+    "down_block_types": ["SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"],
+    "up_block_types": ["SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"],
+}
+
+
+NARROWER = {
+    "block_out_channels": [16, 32, 64],
+    "down_block_types": ["SkipDownBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D"],
+    "up_block_types": ["AttnSkipUpBlock2D", "SkipUpBlock2D", "SkipUpBlock2D"],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        NARROWER,
+        {"layers_per_block": 2, "resnet_time_scale_shift": "scale_shift"},
+        {"attention_head_dim": 16, "dropout": 0.1},
+    ],
+)
+def test_ncsnpp(more):
+    reference, ours = twins("UNet2DModel", NCSNPP | more)
+    inputs = {"sample": 3 * noise(2, 3, 16, 24), "timestep": torch.tensor([1348.0, 0.02])}
+    assert difference(ours(**inputs).sample, reference(**inputs).sample) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"down_block_types": ["SkipDownBlock2D", "DownBlock2D", "SkipDownBlock2D"]},
+        {"block_out_channels": [32, 48, 64]},
+        {"in_channels": 4},
+        {"mid_block_scale_factor": 0},
+    ],
+)
+def test_ncsnpp_errors_name_the_key(more):
+    from minidiff import UNet2DModel
+
+    with pytest.raises(ConfigError, match=next(iter(more))):
+        UNet2DModel.from_config(NCSNPP | more)
+    with pytest.raises(ConfigError, match="norm_num_groups"):
+        UNet2DModel.from_config(PIXELS | {"norm_num_groups": None})

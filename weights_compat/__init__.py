@@ -3,7 +3,7 @@
 from .clip import CLIP_TEXT, CLIP_VISION, SAFETY_CHECKER
 from .rules import Table
 from .unet import UNET_2D, UNET_2D_CONDITION
-from .vae import AUTOENCODER_KL
+from .vae import AUTOENCODER_KL, VQ_MODEL
 
 TABLES: dict[str, Table] = {
     "AutoencoderKL": AUTOENCODER_KL,
@@ -14,4 +14,5 @@ TABLES: dict[str, Table] = {
     "StableDiffusionSafetyChecker": SAFETY_CHECKER,
     "UNet2DConditionModel": UNET_2D_CONDITION,
     "UNet2DModel": UNET_2D,
+    "VQModel": VQ_MODEL,
 }

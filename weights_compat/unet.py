@@ -51,8 +51,17 @@ def pixel_attention_2022(places: list[str]) -> list[tuple[str, str]]:
     return [row for place in places for row in nested(place, place, PIXEL_ATTENTION_2022)]
 
 
+NCSNPP = [
+    ("time_proj", "fourier"),
+    *nested("down_blocks.{}.resnet_down", "down.{}.resample", RESNET),
+    ("down_blocks.{}.skip_conv", "down.{}.from_image"),
+    *nested("up_blocks.{}.resnet_up", "up.{}.resample", RESNET),
+    ("up_blocks.{}.skip_norm", "up.{}.to_image_norm"),
+    ("up_blocks.{}.skip_conv", "up.{}.to_image"),
+]
+
 UNET_2D = Table(
-    unet(PIXEL_ATTENTION),
+    unet(PIXEL_ATTENTION) + NCSNPP,
     aliases=pixel_attention_2022([f"{hub}.attentions.{{}}" for hub, _ in PLACES]),
 )
 

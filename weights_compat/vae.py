@@ -1,4 +1,4 @@
-"""AutoencoderKL: the Hub's names, and ours."""
+"""AutoencoderKL and VQModel: the Hub's names, and ours."""
 
 from .rules import Table, nested, same
 from .unet import PIXEL_ATTENTION, RESNET, pixel_attention_2022
@@ -13,15 +13,18 @@ def half(side: str) -> list[tuple[str, str]]:
     return rows
 
 
-AUTOENCODER_KL = Table(
-    [
-        *half("encoder"),
-        *nested("encoder.down_blocks.{}.resnets.{}", "encoder.down.{}.resnets.{}", RESNET),
-        ("encoder.down_blocks.{}.downsamplers.0.conv", "encoder.down.{}.resample.conv"),
-        *half("decoder"),
-        *nested("decoder.up_blocks.{}.resnets.{}", "decoder.up.{}.resnets.{}", RESNET),
-        ("decoder.up_blocks.{}.upsamplers.0.conv", "decoder.up.{}.resample.conv"),
-        *same("quant_conv", "post_quant_conv"),
-    ],
-    aliases=pixel_attention_2022([f"{side}.mid_block.attentions.{{}}" for side in ("encoder", "decoder")]),
-)
+AUTOENCODER = [
+    *half("encoder"),
+    *nested("encoder.down_blocks.{}.resnets.{}", "encoder.down.{}.resnets.{}", RESNET),
+    ("encoder.down_blocks.{}.downsamplers.0.conv", "encoder.down.{}.resample.conv"),
+    *half("decoder"),
+    *nested("decoder.up_blocks.{}.resnets.{}", "decoder.up.{}.resnets.{}", RESNET),
+    ("decoder.up_blocks.{}.upsamplers.0.conv", "decoder.up.{}.resample.conv"),
+    *same("quant_conv", "post_quant_conv"),
+]
+
+OF_2022 = pixel_attention_2022([f"{side}.mid_block.attentions.{{}}" for side in ("encoder", "decoder")])
+
+AUTOENCODER_KL = Table(AUTOENCODER, aliases=OF_2022)
+
+VQ_MODEL = Table([*AUTOENCODER, ("quantize.embedding", "codebook")], aliases=OF_2022)

@@ -8,6 +8,7 @@ from .safety_checker import StableDiffusionSafetyChecker
 from .tokenizer import CLIPTokenizer
 from .unet import UNet2DConditionModel, UNet2DModel
 from .vae import AutoencoderKL
+from .vq import VQModel
 
 __all__ = [
     "AutoencoderKL",
@@ -20,5 +21,6 @@ __all__ = [
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "VQModel",
 ]
 __getattr__ = getter(__name__, __all__)

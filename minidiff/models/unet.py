@@ -7,10 +7,12 @@ enters every residual block; the text, where there is one, enters through cross-
 Read from top to bottom: small blocks first, the models last. B is the batch, C channels, H and W pixels, L tokens.
 """
 
+import importlib
 import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,6 +46,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class Fourier(nn.Module):
+    """Noise levels (B,) as waves of their logarithms, (B, 2 * dim), at frequencies that were drawn once and are never
+    trained (NCSN++, arXiv 2011.13456, appendix H)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim) * 16, requires_grad=False)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        angles = sigma.log()[:, None] * self.weight[None] * 2 * torch.pi
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def default_groups(channels: int) -> int:
+    """Of a norm, where the config doesn't say: NCSN++'s rule."""
+    return max(min(channels // 4, 32), 1)
+
+
+def ncsnpp() -> ModuleType:
+    """The levels of NCSN++, in a file of their own; it is built of this one."""
+    return importlib.import_module(".ncsnpp", __package__)
 
 
 class TimeMLP(nn.Module):
@@ -320,6 +345,10 @@ class UNetOutput(NamedTuple):
     sample: Tensor
 
 
+DOWN_KINDS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "SkipDownBlock2D", "AttnSkipDownBlock2D")
+UP_KINDS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UNetConfig(Config):
     """The keys that both networks have; those that real checkpoints hold at one value stand at the file's foot."""
@@ -345,7 +374,7 @@ class UNetConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        levels, groups = len(self.block_out_channels), self.norm_num_groups
+        levels, groups = len(self.block_out_channels), self.norm_num_groups or 1
         self.require(0 < levels <= MAX_LEVELS, "block_out_channels", f"name 1 to {MAX_LEVELS} levels")
         fits = all(c % 2 == 0 and c % groups == 0 for c in self.block_out_channels)
         self.require(fits, "block_out_channels", f"hold even multiples of norm_num_groups={groups}")
@@ -380,15 +409,12 @@ class UNet2DConfig(UNetConfig):
 
     in_channels: Width = 3
     out_channels: Width = 3
-    down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"], ...] = (
-        "DownBlock2D",
-        *["AttnDownBlock2D"] * 3,
-    )
-    up_block_types: tuple[Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"], ...] = (
-        *["AttnUpBlock2D"] * 3,
-        "UpBlock2D",
-    )
+    down_block_types: tuple[Literal[*DOWN_KINDS], ...] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    up_block_types: tuple[Literal[*UP_KINDS], ...] = (*["AttnUpBlock2D"] * 3, "UpBlock2D")
     block_out_channels: tuple[Width, ...] = (224, 448, 672, 896)
+    norm_num_groups: Width | None = 32  # None, in NCSN++: a quarter of the channels, at most 32
+    time_embedding_type: Literal["positional", "fourier"] = "positional"  # the second for noise levels: NCSN++
+    mid_block_scale_factor: float = 1  # divides what the middle's blocks give
     downsample_type: Literal["conv", "resnet"] = "conv"  # of the levels with attention; others say it in their name
     upsample_type: Literal["conv", "resnet"] = "conv"
     mid_block_type: Literal["UNetMidBlock2D", None] = "UNetMidBlock2D"
@@ -399,11 +425,21 @@ class UNet2DConfig(UNetConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.progressive:
+            ncsnpp().check(self)
+        given = self.norm_num_groups is not None or self.progressive
+        self.require(given, "norm_num_groups", "be given, but for NCSN++ (SkipDownBlock2D, SkipUpBlock2D, ...)")
+        self.require(self.mid_block_scale_factor != 0, "mid_block_scale_factor", "not be zero")
         groups, last = self.attn_norm_num_groups or 1, self.block_out_channels[-1]
         self.require(last % groups == 0, "attn_norm_num_groups", f"divide the last of block_out_channels, {last}")
         width, levels = self.attention_head_dim, self.attending(self.add_attention and bool(self.mid_block_type))
         fits = width is None or all(self.block_out_channels[level] % width == 0 for level in levels)
         self.require(fits, "attention_head_dim", "divide the block_out_channels of every level with attention")
+
+    @property
+    def progressive(self) -> bool:
+        """Whether the picture itself is carried along, at every size: NCSN++."""
+        return any("Skip" in kind for kind in (*self.down_block_types, *self.up_block_types))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -469,14 +505,20 @@ class UNet(Model, abstract=True):
     """What both networks share: the whole path from noisy sample to predicted noise. Subclasses name the attention."""
 
     def build(self, c: UNetConfig) -> None:
+        widths, groups = c.block_out_channels, c.norm_num_groups or default_groups(c.block_out_channels[0])
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_mlp = TimeMLP(self.waves_dim, c.time_dim, c.get("time_cond_proj_dim"))
+        self.class_embedding = self.make_class_embedding()
+        self.mid = None if c.mid_block_type is None else self.make_middle(len(widths) - 1)
+        self.down, self.up = map(nn.ModuleList, self.make_levels())
+        self.norm_out = nn.GroupNorm(groups, widths[0], c.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+
+    def make_levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """All levels on the way down, and all on the way up."""
+        c, downs, ups = self.config, [], []
         widths, layers = c.block_out_channels, c.per_level("layers_per_block")
         last = len(widths) - 1
-
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.time_mlp = TimeMLP(widths[0], c.time_dim, c.get("time_cond_proj_dim"))
-        self.class_embedding = self.make_class_embedding()
-
-        self.down = nn.ModuleList()
         skips = [widths[0]]  # channels of every skip connection, in the order in which they are made
         for level, (kind, width) in enumerate(zip(c.down_block_types, widths, strict=True)):
             resnets, attentions = [], []
@@ -487,11 +529,7 @@ class UNet(Model, abstract=True):
                 skips.append(width)
             downsample = self.make_downsample(kind, width) if level < last else None
             skips += [width] if level < last else []
-            self.down.append(DownBlock(resnets, attentions, downsample))
-
-        self.mid = None if c.mid_block_type is None else self.make_middle(last)
-
-        self.up = nn.ModuleList()
+            downs.append(DownBlock(resnets, attentions, downsample))
         c_in = widths[-1]
         for level, kind in zip(range(last, -1, -1), c.up_block_types, strict=True):
             resnets, attentions = [], []
@@ -500,10 +538,8 @@ class UNet(Model, abstract=True):
                 if "Attn" in kind:
                     attentions.append(self.make_attention(level, i, up=True))
                 c_in = widths[level]
-            self.up.append(UpBlock(resnets, attentions, self.make_upsample(kind, c_in) if level else None))
-
-        self.norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+            ups.append(UpBlock(resnets, attentions, self.make_upsample(kind, c_in) if level else None))
+        return downs, ups
 
     def make_resnet(self, c_in: int, c_out: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResnetBlock:
         c = self.config
@@ -516,7 +552,7 @@ class UNet(Model, abstract=True):
         if c.class_embed_type is None:
             return nn.Embedding(c.num_class_embeds, c.time_dim) if c.num_class_embeds else None
         makes: dict[str, Callable[[], nn.Module]] = {
-            "timestep": lambda: TimeMLP(c.block_out_channels[0], c.time_dim),
+            "timestep": lambda: TimeMLP(self.waves_dim, c.time_dim),
             "identity": nn.Identity,
             "projection": lambda: TimeMLP(c.projection_class_embeddings_input_dim, c.time_dim),
             "simple_projection": lambda: nn.Linear(c.projection_class_embeddings_input_dim, c.time_dim),
@@ -535,6 +571,11 @@ class UNet(Model, abstract=True):
 
     def make_upsample(self, kind: str, width: int) -> Upsample | ResnetBlock:
         return Upsample(width)
+
+    @property
+    def waves_dim(self) -> int:
+        """Of what `waves` gives."""
+        return self.config.block_out_channels[0]
 
     @property
     def factor(self) -> int:
@@ -608,19 +649,30 @@ class UNet2DModel(UNet):
     Config = UNet2DConfig
     table = UNET_2D
 
+    def build(self, c: UNet2DConfig) -> None:
+        super().build(c)
+        if c.time_embedding_type == "fourier":
+            self.fourier = Fourier(c.block_out_channels[0])
+
     def make_attention(self, level: int, layer: int, up: bool = False) -> PixelAttention:
         c = self.config
         channels = c.block_out_channels[level]
         return PixelAttention(channels, channels // (c.attention_head_dim or channels), c.norm_num_groups, c.norm_eps)
 
+    def make_levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        return ncsnpp().make_levels(self.config) if self.config.progressive else super().make_levels()
+
     def make_middle(self, level: int) -> MidBlock:
         c, channels = self.config, self.config.block_out_channels[level]
-        resnets = [self.make_resnet(channels, channels) for _ in range(2)]
+        groups, scale = c.norm_num_groups or default_groups(channels), c.mid_block_scale_factor
+        scale_shift = c.resnet_time_scale_shift == "scale_shift"
+        options = {"scale_shift": scale_shift, "dropout": c.dropout, "scale": scale}
+        resnets = [ResnetBlock(channels, channels, groups, c.norm_eps, c.time_dim, **options) for _ in range(2)]
         if not c.add_attention:
             return MidBlock(resnets, [])
-        groups = c.attn_norm_num_groups or (c.norm_num_groups if c.resnet_time_scale_shift == "default" else None)
-        heads = channels // (c.attention_head_dim or channels)
-        return MidBlock(resnets, [PixelAttention(channels, heads, groups, c.norm_eps)])
+        heads, attn_groups = channels // (c.attention_head_dim or channels), None if scale_shift else groups
+        attn_groups = c.attn_norm_num_groups or attn_groups
+        return MidBlock(resnets, [PixelAttention(channels, heads, attn_groups, c.norm_eps, scale)])
 
     def make_downsample(self, kind: str, width: int) -> Downsample | ResnetBlock:
         if kind.startswith("Resnet") or ("Attn" in kind and self.config.downsample_type == "resnet"):
@@ -631,6 +683,16 @@ class UNet2DModel(UNet):
         if kind.startswith("Resnet") or ("Attn" in kind and self.config.upsample_type == "resnet"):
             return self.make_resnet(width, width, doubled)
         return super().make_upsample(kind, width)
+
+    @property
+    def waves_dim(self) -> int:
+        return super().waves_dim * (2 if self.config.time_embedding_type == "fourier" else 1)
+
+    def waves(self, t: Tensor) -> Tensor:
+        return self.fourier(t) if self.config.time_embedding_type == "fourier" else super().waves(t)
+
+    def denoise(self, sample: Tensor, temb: Tensor, context: None = None) -> Tensor:
+        return ncsnpp().denoise(self, sample, temb) if self.config.progressive else super().denoise(sample, temb)
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
@@ -648,6 +710,8 @@ class UNet2DModel(UNet):
                 f"sample has shape {tuple(sample.shape)}; height and width must be multiples of {self.factor}"
             )
         out = self.denoise(sample, self.embed_timestep(sample, timestep) + self.embed_class(sample, class_labels))
+        if self.config.time_embedding_type == "fourier":  # the timestep is the noise level, and `out` the score's
+            out = out / torch.as_tensor(timestep, device=out.device).to(out.dtype).view(-1, 1, 1, 1)
         return UNetOutput(out) if return_dict else (out,)
 
 
@@ -761,15 +825,15 @@ AVERAGED = dict.fromkeys(
 
 UNetConfig.fixed = {
     "center_input_sample": False,
-    "mid_block_scale_factor": 1,
     "act_fn": "silu",
-    "time_embedding_type": "positional",
 }
 
 UNet2DConfig.fixed = UNetConfig.fixed
 UNet2DConfig.inert = AVERAGED | {"num_train_timesteps": "documents the training; the network doesn't read it"}
 
 UNet2DConditionConfig.fixed = UNetConfig.fixed | {
+    "mid_block_scale_factor": 1,
+    "time_embedding_type": "positional",
     "num_attention_heads": None,
     "mid_block_only_cross_attention": Literal[None, False],
     "dual_cross_attention": False,

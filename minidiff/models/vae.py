@@ -51,9 +51,9 @@ def middle(channels: int, groups: int, with_attention: bool) -> MidBlock:
 
 
 class Encoder(nn.Module):
-    """Picture (B, in_channels, H, W) -> mean and log variance of its latents, (B, 2 * latent_channels, h, w)."""
+    """Picture (B, in_channels, H, W) -> what is said of its latents, (B, c_out, h, w)."""
 
-    def __init__(self, c: "AutoencoderConfig"):
+    def __init__(self, c: "AutoencoderBase", c_out: int):
         super().__init__()
         widths, groups = c.block_out_channels, c.norm_num_groups
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
             self.down.append(Level(widths[max(i - 1, 0)], width, c.layers_per_block, groups, down))
         self.mid = middle(widths[-1], groups, c.mid_block_add_attention)
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
     def forward(self, x: Tensor, through: Through = call) -> Tensor:
         x = self.conv_in(x)
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, latent_channels, h, w) -> picture (B, out_channels, H, W)."""
 
-    def __init__(self, c: "AutoencoderConfig"):
+    def __init__(self, c: "AutoencoderBase"):
         super().__init__()
         widths, groups = c.block_out_channels[::-1], c.norm_num_groups
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
@@ -136,8 +136,8 @@ class DecoderOutput(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AutoencoderConfig(Config):
-    """The keys of AutoencoderKL; those that real checkpoints hold at one value stand at the file's foot."""
+class AutoencoderBase(Config):
+    """The keys that both autoencoders (VQModel is the other) have."""
 
     in_channels: Width = 3
     out_channels: Width = 3
@@ -149,10 +149,6 @@ class AutoencoderConfig(Config):
     norm_num_groups: Width = 32
     sample_size: int | tuple[int, ...] = 32
     scaling_factor: float = 0.18215  # the pipelines multiply latents by it, so that the UNet sees a variance near 1
-    shift_factor: float | None = None  # no Stable Diffusion 1, 2 or XL has one; their pipelines don't read it
-    force_upcast: bool = True  # read by the XL pipeline: this VAE overflows in float16
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
@@ -164,6 +160,24 @@ class AutoencoderConfig(Config):
         self.require(fits, "block_out_channels", f"hold multiples of norm_num_groups={groups}")
         for key in ("down_block_types", "up_block_types"):
             self.require(len(self[key]) == len(widths), key, f"name {len(widths)} blocks, as block_out_channels does")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AutoencoderConfig(AutoencoderBase):
+    """The keys of AutoencoderKL; those that real checkpoints hold at one value stand at the file's foot."""
+
+    shift_factor: float | None = None  # no Stable Diffusion 1, 2 or XL has one; their pipelines don't read it
+    force_upcast: bool = True  # read by the XL pipeline: this VAE overflows in float16
+    latents_mean: tuple[float, ...] | None = None  # one for each channel: XL's pipelines norm latents by them, if there
+    latents_std: tuple[float, ...] | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("latents_mean", "latents_std"):
+            fits = self[key] is None or len(self[key]) == self.latent_channels
+            self.require(fits, key, f"have {self.latent_channels} numbers, one for each of latent_channels")
 
 
 class AutoencoderKL(Model):
@@ -181,7 +195,7 @@ class AutoencoderKL(Model):
     tile_overlap_factor = 0.25
 
     def build(self, c: AutoencoderConfig) -> None:
-        self.encoder = Encoder(c)
+        self.encoder = Encoder(c, 2 * c.latent_channels)  # mean and log variance
         self.decoder = Decoder(c)
         n = c.latent_channels
         self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if c.use_quant_conv else nn.Identity()
@@ -260,4 +274,4 @@ class AutoencoderKL(Model):
 
 # Keys that real checkpoints hold at one value alone
 AutoencoderConfig.inert = AVERAGED
-AutoencoderConfig.fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+AutoencoderConfig.fixed = {"act_fn": "silu"}

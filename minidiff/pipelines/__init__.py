@@ -8,9 +8,15 @@ from .image_to_image import StableDiffusionImg2ImgPipeline
 from .image_variation import StableDiffusionImageVariationPipeline
 from .inpaint import StableDiffusionInpaintPipeline
 from .instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
+from .latent_consistency import LatentConsistencyModelImg2ImgPipeline, LatentConsistencyModelPipeline
+from .latent_diffusion import LDMPipeline, LDMSuperResolutionPipeline
+from .noise_levels import KarrasVePipeline, RePaintPipeline, ScoreSdeVePipeline
 from .text_to_image import StableDiffusionPipeline
 from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
 from .upscale import StableDiffusionUpscalePipeline
+from .xl import StableDiffusionXLPipeline
+from .xl_image_to_image import StableDiffusionXLImg2ImgPipeline
+from .xl_inpaint import StableDiffusionXLInpaintPipeline
 
 __all__ = [
     "AutoPipelineForImage2Image",
@@ -19,7 +25,14 @@ __all__ = [
     "DDIMPipeline",
     "DDPMPipeline",
     "DiffusionPipeline",
+    "KarrasVePipeline",
+    "LDMPipeline",
+    "LDMSuperResolutionPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
     "PNDMPipeline",
+    "RePaintPipeline",
+    "ScoreSdeVePipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionImageVariationPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -27,5 +40,8 @@ __all__ = [
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLPipeline",
 ]
 __getattr__ = getter(__name__, __all__)

@@ -63,9 +63,15 @@ class DiffusionPipeline(Runs, MemorySwitches):
         kinds = get_type_hints(type(self).__init__)
         for name, component in components.items():
             if not _serves_as(component, kinds[name]):
-                expected = getattr(kinds[name], "__name__", kinds[name])
-                raise TypeError(f"{name} must be a {expected}, but is {component!r:.100}")
+                wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in _classes(kinds[name]))
+                raise TypeError(f"{name} must be a {wanted}, but is {component!r:.100}")
             setattr(self, name, component)
+
+    @classmethod
+    def required(cls) -> dict[str, bool]:
+        """Arguments of `__init__` without a default, and whether they can't be None: XL's refiner has fewer parts."""
+        hints, parameters = get_type_hints(cls.__init__), inspect.signature(cls).parameters.values()
+        return {p.name: not isinstance(None, hints[p.name]) for p in parameters if p.default is p.empty}
 
     @classmethod
     def settings(cls) -> dict[str, type]:
@@ -115,8 +121,8 @@ class DiffusionPipeline(Runs, MemorySwitches):
             check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
             found = load_components(index_file, given, files, tuple(parameters), cls.settings())
         found |= given
-        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-        if missing := [name for name in required if found.get(name) is None]:
+        found = dict.fromkeys(cls.required()) | found
+        if missing := [name for name, needed in cls.required().items() if needed and found[name] is None]:
             raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
         pipe = cls(**found)
         return pipe.to(device) if device else pipe
@@ -141,8 +147,8 @@ class DiffusionPipeline(Runs, MemorySwitches):
             raise TypeError(f"{cls.__name__} has no {', '.join(sorted(unknown))}; it takes {', '.join(parameters)}")
         settings = {name: getattr(pipeline, name) for name in pipeline.setting_names}
         found = {name: part for name, part in (pipeline.components | settings).items() if name in parameters} | given
-        required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-        if missing := [name for name in required if found.get(name) is None]:
+        found = dict.fromkeys(cls.required()) | found
+        if missing := [name for name, needed in cls.required().items() if needed and found[name] is None]:
             raise ValueError(f"a {type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs")
         made = cls(**found)
         made._hooks, made._offload_device = pipeline._hooks, pipeline._offload_device
@@ -235,8 +241,12 @@ def _serves_as(component: Any, kind: Any) -> bool:
     if isinstance(component, kind | Component | type | None):
         return isinstance(component, kind)
     looks = callable(component) or hasattr(component, "step")
-    network = any(issubclass(one, nn.Module) for one in get_args(kind) or (kind,))
-    return looks and isinstance(component, nn.Module) == network
+    return looks and isinstance(component, nn.Module) == any(issubclass(one, nn.Module) for one in _classes(kind))
+
+
+def _classes(kind: Any) -> tuple[type, ...]:
+    """Those of a hint, without None."""
+    return tuple(one for one in get_args(kind) or (kind,) if one is not type(None))
 
 
 def _class_named(name: Any, where: str) -> type[DiffusionPipeline]:

@@ -55,7 +55,10 @@ def denoise(
         predicted = run.unet(x, t_on_device, **told(tensors, x, t_on_device)).sample
         if guided:
             predicted = combine(run, *predicted.chunk(passes))
-        tensors["latents"] = after(i, scheduler.step(predicted, t, latents, **options)[0])
+        stepped = scheduler.step(predicted, t, latents, **options)
+        tensors["latents"] = after(i, stepped[0])
+        if "denoised" in tensors:  # latent consistency models: where the path ends, as far as is seen from here
+            tensors["denoised"] = stepped.denoised
         if callback is not None:
             callback(run, i, t, tensors, passes)
         finite.append(tensors["latents"].isfinite().all())
@@ -78,9 +81,14 @@ def guide(uncond: Tensor, text: Tensor, guidance_scale: float, guidance_rescale:
 
 
 def plan(
-    scheduler: Any, num_inference_steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+    scheduler: Any,
+    num_inference_steps: int,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    **options: Any,
 ) -> Tensor:
-    """Lays the scheduler's grid: a number of steps, or custom `timesteps` or `sigmas` where it takes them."""
+    """Lays the scheduler's grid: a number of steps, or custom `timesteps` or `sigmas` where it takes them. `options`
+    are the scheduler's own."""
     given = {"timesteps": timesteps, "sigmas": sigmas}
     custom = {name: value for name, value in given.items() if value is not None}
     if len(custom) > 1:
@@ -88,7 +96,7 @@ def plan(
     for name in custom:
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name} was given, which {type(scheduler).__name__} doesn't take")
-    scheduler.set_timesteps(**custom or {"num_inference_steps": num_inference_steps})
+    scheduler.set_timesteps(**custom or {"num_inference_steps": num_inference_steps}, **options)
     return scheduler.timesteps
 
 
@@ -107,6 +115,44 @@ def start_midway(scheduler: Any, timesteps: Tensor, strength: float, at_least: i
         raise ValueError(f"strength={strength} leaves none of {n} steps: it must be at least 1 / {n}")
     scheduler.set_begin_index(first)
     return timesteps[first:]
+
+
+def share(name: str, value: float | None) -> float | None:
+    """A point of the run as a share of the noise that is gone, between 0 and 1."""
+    if value is not None:
+        check_number(value, name)
+        if not 0 < value <= 1:
+            raise ValueError(f"{name}={value} must lie between 0 and 1")
+    return value
+
+
+def start_at(scheduler: Any, timesteps: Tensor, denoising_start: float) -> Tensor:
+    """The last part of the grid: where the share `denoising_start` of the training's timesteps is done already.
+
+    Another network may have done it (eDiff-I, arXiv 2211.01324: an ensemble of experts).
+    """
+    left = int((timesteps < _cutoff(scheduler, denoising_start)).sum())
+    if scheduler.order == 2 and left % 2 == 0:  # a step's second stage isn't a start
+        left += 1
+    if not left or left > len(timesteps):
+        raise ValueError(f"denoising_start={denoising_start} leaves none of {len(timesteps)} steps")
+    scheduler.set_begin_index(len(timesteps) - left)
+    return timesteps[len(timesteps) - left :]
+
+
+def stop_at(scheduler: Any, timesteps: Tensor, denoising_end: float | None) -> Tensor:
+    """The first part of the grid: until the share `denoising_end` of the training's timesteps is done."""
+    if denoising_end is None or denoising_end == 1:
+        return timesteps
+    kept = timesteps[: int((timesteps >= _cutoff(scheduler, denoising_end)).sum())]
+    if not len(kept):
+        raise ValueError(f"denoising_end={denoising_end} leaves none of {len(timesteps)} steps")
+    return kept
+
+
+def _cutoff(scheduler: Any, done: float) -> int:
+    count = scheduler.config.num_train_timesteps
+    return round(count - done * count)
 
 
 def accepted(step: Callable, options: dict[str, Any]) -> dict[str, Any]:

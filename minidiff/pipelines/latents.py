@@ -1,6 +1,8 @@
 """Latents: the first noise, and the way from pictures to latents and back, which alone knows the VAE's scale."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +10,17 @@ from torch import Tensor
 from ..loading.component import check_tensors
 from ..models import AutoencoderKL
 from ..noise import Generators, randn_tensor
+
+
+class LatentsAs(NamedTuple):
+    """What a pipeline reads of its VAE's config beside the `scaling_factor`."""
+
+    upcast: bool = False  # `force_upcast`: the VAE computes in float32, where float16 would overflow
+    normed: bool = False  # `latents_mean` and `latents_std`, one for each channel
+
+
+PLAIN = LatentsAs()  # Stable Diffusion 1 and 2
+XL = LatentsAs(upcast=True, normed=True)
 
 
 def check_generators(generator: Generators, count: int) -> None:
@@ -58,13 +71,46 @@ def check_pictures(name: str, given: Any, pictures: Tensor, vae: AutoencoderKL) 
     return pictures
 
 
-def encode_pictures(vae: AutoencoderKL, pictures: Tensor, generator: Generators, device: torch.device) -> Tensor:
+@contextmanager
+def computing(vae: AutoencoderKL, upcast: bool) -> Iterator[None]:
+    """Within, the VAE is in float32 if `upcast`."""
+    dtype = vae.dtype
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype)
+
+
+def statistics(vae: AutoencoderKL, read: bool, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of the latents' channels, (1, C, 1, 1) each, where the VAE has both and they are `read`."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    if not read or mean is None or std is None:
+        return None
+    return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
+
+
+def encode_pictures(
+    vae: AutoencoderKL,
+    pictures: Tensor,
+    generator: Generators,
+    device: torch.device,
+    latents_as: LatentsAs = PLAIN,
+) -> Tensor:
     """Pictures (n, C, H, W) in [-1, 1] -> a sample of their latents, scaled for the UNet. Latents come back as they
     are. Of a list of generators the first n draw."""
     if pictures.shape[1] == vae.config.latent_channels:
         return pictures.to(device)
     generator = generator[: len(pictures)] if isinstance(generator, list | tuple) else generator
-    return vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample(generator) * vae.config.scaling_factor
+    dtype = vae.dtype
+    with computing(vae, latents_as.upcast and vae.config.force_upcast):
+        latents = vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample(generator).to(dtype)
+    known = statistics(vae, latents_as.normed, latents)
+    if known is None:
+        return latents * vae.config.scaling_factor
+    return (latents - known[0]) * vae.config.scaling_factor / known[1]
 
 
 def repeated(name: str, tensor: Tensor, count: int) -> Tensor:
@@ -75,16 +121,29 @@ def repeated(name: str, tensor: Tensor, count: int) -> Tensor:
 
 
 def picture_latents(
-    vae: AutoencoderKL, pictures: Tensor, count: int, generator: Generators, device: torch.device, dtype: torch.dtype
+    vae: AutoencoderKL,
+    pictures: Tensor,
+    count: int,
+    generator: Generators,
+    device: torch.device,
+    dtype: torch.dtype,
+    latents_as: LatentsAs = PLAIN,
 ) -> Tensor:
     """`encode_pictures` for `count` pictures to draw, out of as many or fewer. One generator draws once for each
     picture given, a list of them once for each picture to draw."""
     check_generators(generator, count)
     if isinstance(generator, list | tuple):
         pictures = repeated("image", pictures, count)
-    return repeated("image", encode_pictures(vae, pictures, generator, device), count).to(dtype)
+    return repeated("image", encode_pictures(vae, pictures, generator, device, latents_as), count).to(dtype)
 
 
-def decode_latents(vae: AutoencoderKL, latents: Tensor, device: torch.device) -> Tensor:
+def decode_latents(vae: AutoencoderKL, latents: Tensor, device: torch.device, latents_as: LatentsAs = PLAIN) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1], before any clamp. The VAE may have a dtype of its own."""
-    return vae.decode((latents / vae.config.scaling_factor).to(device, vae.dtype)).sample
+    with computing(vae, latents_as.upcast and vae.config.force_upcast and vae.dtype == torch.float16):
+        latents = latents.to(torch.float32) if vae.dtype == torch.float32 else latents
+        known = statistics(vae, latents_as.normed, latents)
+        if known is None:
+            latents = latents / vae.config.scaling_factor
+        else:
+            latents = latents * known[1] / vae.config.scaling_factor + known[0]
+        return vae.decode(latents.to(device, vae.dtype)).sample

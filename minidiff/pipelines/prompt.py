@@ -4,10 +4,12 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..loading.component import check_tensors
 from ..models import CLIPTextModel, CLIPTokenizer
+from ..models.unet import timestep_embedding
 from ..schedulers.base import as_integer
 
 
@@ -18,10 +20,10 @@ def as_texts(name: str, value: str | list[str]) -> list[str]:
     return list(texts)
 
 
-def check_clip_skip(clip_skip: Any, text_encoder: CLIPTextModel) -> int | None:
+def check_clip_skip(clip_skip: Any, text_encoder: CLIPTextModel, most: int | None = None) -> int | None:
     if clip_skip is None:
         return None
-    layers = text_encoder.config.num_hidden_layers
+    layers = text_encoder.config.num_hidden_layers if most is None else most
     if not 0 <= as_integer(clip_skip, "clip_skip") <= layers:
         raise ValueError(f"clip_skip={clip_skip!r} must be an integer from 0 to {layers}")
     return int(clip_skip)
@@ -36,17 +38,22 @@ def encode_texts(
     length: int | None = None,
 ) -> Tensor:
     """(texts, L, hidden_size); texts are cut or padded to `length` tokens, by default the tokenizer's."""
+    ids = token_ids(tokenizer, texts, length).to(device)
+    if clip_skip is None:
+        return text_encoder(ids).last_hidden_state
+    # The last norm is applied to whichever layer's states are taken: the UNet was trained on normed states
+    states = text_encoder(ids, output_hidden_states=True).hidden_states
+    return text_encoder.final_layer_norm(states[-(clip_skip + 1)])
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = None) -> Tensor:
+    """(texts, L): texts are cut, which is warned of, or padded to `length` tokens, by default the tokenizer's."""
     length = length or tokenizer.model_max_length
-    ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     for row in tokenizer(texts).input_ids:
         if len(row) > length:
             lost = tokenizer.decode(row[length - 1 : -1])
-            warnings.warn(f"prompt is longer than {length} tokens; left out: {lost!r}", stacklevel=4)
-    if clip_skip is None:
-        return text_encoder(ids.to(device)).last_hidden_state
-    # The last norm is applied to whichever layer's states are taken: the UNet was trained on normed states
-    states = text_encoder(ids.to(device), output_hidden_states=True).hidden_states
-    return text_encoder.final_layer_norm(states[-(clip_skip + 1)])
+            warnings.warn(f"prompt is longer than {length} tokens; left out: {lost!r}", stacklevel=5)
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def encode_prompt(
@@ -106,5 +113,13 @@ def encode_prompt(
 
 
 def read_text(tensors: dict[str, Tensor], x: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """What the UNet is told where it is told of the prompt alone."""
-    return {"encoder_hidden_states": tensors["prompt_embeds"]}
+    """What the UNet is told where it is told of the prompt alone; a distilled one is told the guidance scale too."""
+    scale = {"timestep_cond": tensors["w_embedding"]} if "w_embedding" in tensors else {}
+    return {"encoder_hidden_states": tensors["prompt_embeds"], **scale}
+
+
+def guidance_waves(guidance_scale: float, dim: int) -> Tensor:
+    """(1, dim), float32: the guidance that a distilled UNet was taught to draw with, in one pass (Latent consistency
+    models, arXiv 2310.04378, section 4.1). They are waves of 1000 w, as of a timestep; w is the scale less 1."""
+    waves = timestep_embedding(torch.tensor([guidance_scale - 1]) * 1000, dim, False, 1)
+    return F.pad(waves, (0, dim % 2))

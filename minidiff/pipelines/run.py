@@ -14,6 +14,8 @@ class Runs:
     _guidance_scale: float = 0.0
     _guidance_rescale: float = 0.0
     _clip_skip: int | None = None
+    _denoising_start: float | None = None
+    _denoising_end: float | None = None
     _num_timesteps: int = 0
     _stopped: bool = False
 
@@ -71,6 +73,14 @@ class Runs:
     @property
     def clip_skip(self) -> int | None:
         return self._clip_skip
+
+    @property
+    def denoising_start(self) -> float | None:
+        return self._denoising_start
+
+    @property
+    def denoising_end(self) -> float | None:
+        return self._denoising_end
 
     @property
     def num_timesteps(self) -> int:

@@ -29,8 +29,8 @@ from ..outputs import output
 from ..schedulers.base import Scheduler, as_integer, check_number
 from .base import DiffusionPipeline
 from .denoise import Tensors
-from .latents import decode_latents
-from .prompt import encode_prompt
+from .latents import PLAIN, LatentsAs, decode_latents
+from .prompt import encode_prompt, guidance_waves
 
 BESIDE = {  # channels beside the latents in a UNet's input: what they are, and whose they are
     0: ("text alone", "StableDiffusionPipeline"),
@@ -56,6 +56,7 @@ class StableDiffusion(DiffusionPipeline):
     setting_names = ("requires_safety_checker",)
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
     beside: ClassVar[tuple[int, ...]] = (0,)  # how many channels the UNet may have beside the latents
+    latents_as: ClassVar[LatentsAs] = PLAIN
     # Folders from 2022 lack keys of the scheduler, whose defaults are wrong for Stable Diffusion. The reference mends
     # them too
     scheduler_mends: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
@@ -165,7 +166,20 @@ class StableDiffusion(DiffusionPipeline):
             clip_skip=self.clip_skip,
         )
         joined = torch.cat([negative_states, states]) if guided else states  # (2B or B, L, C)
-        return {"prompt_embeds": joined, "negative_prompt_embeds": negative_states}, len(states)
+        tensors = {"prompt_embeds": joined, "negative_prompt_embeds": negative_states}
+        return tensors | self.scale_tensors(len(states)), len(states)
+
+    def scale_tensors(self, B: int) -> Tensors:
+        """The guidance scale for a UNet that was distilled to read it, (B, time_cond_proj_dim)."""
+        dim = self.unet.config.time_cond_proj_dim
+        if dim is None:
+            return {}
+        waves = guidance_waves(self.guidance_scale, dim).expand(B, -1)
+        return {"w_embedding": waves.to(self._execution_device, self.unet.dtype)}
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return super().do_classifier_free_guidance and self.unet.config.time_cond_proj_dim is None
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Of the pictures, in pixels: as asked for, or as the UNet was trained."""
@@ -198,7 +212,7 @@ class StableDiffusion(DiffusionPipeline):
         images, flags = latents, None
         if output_type != "latent":
             device = self._execution_device
-            pictures = check_finite_pictures(decode_latents(self.vae, latents, device))
+            pictures = check_finite_pictures(decode_latents(self.vae, latents, device, self.latents_as))
             pictures, flags = self.run_safety_checker(pictures, device, self.unet.dtype)
             within = None if flags is None else [not flag for flag in flags]  # black ones are in [0, 1] already
             images = self.image_processor.postprocess(pictures, output_type, within)

@@ -53,6 +53,7 @@ class DDPMScheduler(Scheduler):
         else:
             grid = self._listed(timesteps)
         self._check_signal(grid)
+        self._check_noise(grid)
         self._begin(grid, device)
         self.num_inference_steps = len(grid)
 

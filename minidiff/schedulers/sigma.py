@@ -192,8 +192,6 @@ class TwoStageScheduler(SigmaScheduler, abstract=True):
 
     def _place(self, timestep: float | Tensor) -> int:
         """A run that begins midway begins where an interval does: of two equal timesteps that is the second one."""
-        if self.step_index is None and self.begin_index is None and timestep == self.timesteps[0]:
-            self.step_index = 0  # a grid of whole timesteps may hold its first one twice
         i = super()._place(timestep)
         if i % 2 and not self.history:
             raise ValueError(f"the run begins at place {i}, between the two stages of an interval: take an even place")
@@ -278,6 +276,8 @@ def spaced_in_sigma(config: SamplerConfig, most: float, least: float, n: int) ->
     if config.own("use_karras_sigmas"):
         return karras(most, least, n)
     if config.own("use_exponential_sigmas"):
+        if least <= 0:
+            raise ValueError(f"use_exponential_sigmas is true: its levels must be more than 0, but the last is {least}")
         return np.exp(np.linspace(math.log(most), math.log(least), n))
     if config.own("use_beta_sigmas"):
         return least + _beta_quantiles(n) * (most - least)
