@@ -62,7 +62,8 @@ def test_parts_given_by_name_are_not_read(folder):
     scheduler = minidiff.DDIMScheduler()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe = DiffusionPipeline.from_pretrained(folder, unet=unet, scheduler=scheduler, **NO_CHECKER)
+        given = {"unet": unet, "scheduler": scheduler, "requires_safety_checker": False, **NO_CHECKER}
+        pipe = DiffusionPipeline.from_pretrained(folder, **given)
     assert pipe.unet is unet
     with pytest.raises(TypeError, match="has no vea; it takes vae"):
         DiffusionPipeline.from_pretrained(folder, vea=None)
@@ -247,7 +248,7 @@ def test_the_reference_loads_what_is_saved(repository, tmp_path):
     source = make_folder(repository, tmp_path / "source", seed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours = DiffusionPipeline.from_pretrained(source)
+        ours = DiffusionPipeline.from_pretrained(source, **NO_CHECKER if "v1-5" in repository else {})
     ours.save_pretrained(tmp_path / "saved")
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.float32)
     original = diffusers.DiffusionPipeline.from_pretrained(source, safety_checker=None, torch_dtype=torch.float32)
@@ -444,9 +445,9 @@ def test_code_in_a_pickle_does_not_run(folder, tmp_path, monkeypatch):
 
 
 def test_an_unknown_key_names_file_key_and_value(folder, edit_json):
-    edit_json(folder / "unet/config.json", time_embedding_dim=77)
-    with pytest.raises(ConfigError, match=r"unet/config\.json: time_embedding_dim=77 is not supported.*null"):
+    edit_json(folder / "unet/config.json", timestep_post_act="silu")
+    with pytest.raises(ConfigError, match=r"unet/config\.json: timestep_post_act='silu' is not supported.*null"):
         DiffusionPipeline.from_pretrained(folder, **NO_CHECKER)
-    edit_json(folder / "unet/config.json", time_embedding_dim=None, surprise=[1])
+    edit_json(folder / "unet/config.json", timestep_post_act=None, surprise=[1])
     with pytest.raises(ConfigError, match=r"unet/config\.json: unknown key surprise=\[1\]"):
         DiffusionPipeline.from_pretrained(folder, **NO_CHECKER)
