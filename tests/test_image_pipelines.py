@@ -110,7 +110,7 @@ IMG2IMG = [
 
 
 @pytest.mark.filterwarnings("ignore:image has values below 0")
-@pytest.mark.parametrize("arguments", IMG2IMG, ids=str)
+@pytest.mark.parametrize("arguments", IMG2IMG, ids=lambda arguments: "-".join(map(str, arguments)))
 def test_image_to_image(img2img, arguments):
     swap(img2img, "PNDMScheduler")
     compare(img2img, **arguments | {"image": IMAGES[arguments["image"]]})

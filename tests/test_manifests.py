@@ -39,7 +39,8 @@ def models(name):
 def test_there_is_a_manifest_for_every_family():
     assert len(NAMES) == 9
     covered = {class_name for name in NAMES for _, class_name, _ in models(name)}
-    assert covered == TABLES.keys()
+    # No manifest's own: the safety checker holds an image encoder, latent diffusion a VQModel
+    assert TABLES.keys() - covered == {"CLIPVisionModel", "CLIPVisionModelWithProjection", "VQModel"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,6 +74,8 @@ def test_the_names_of_2022_and_of_transformers_5_mean_the_same(name):
                 old[hub] = re.sub(pattern, lambda match: f"{match[1]}.{OLD_ATTENTION[match[2]]}.", hub)
             elif class_name.startswith("CLIP"):
                 old[hub] = hub.removeprefix("text_model.")
+            elif class_name == "StableDiffusionSafetyChecker":
+                old[hub] = hub.replace("vision_model.vision_model.", "vision_model.")
         assert all(table.ours(alias) == table.ours(hub) for hub, alias in old.items())
         renamed = sum(alias != hub for hub, alias in old.items())
         assert renamed or class_name == "UNet2DConditionModel"

@@ -87,7 +87,7 @@ class StableDiffusionUpscalePipeline(StableDiffusion):
 
         Args:
             image: a picture for each prompt (see `VaeImageProcessor.preprocess`).
-            noise_level: the timestep to which `image` is noised, 0 to `max_noise_level`: the more, the more is invented.
+            noise_level: the timestep to which `image` is noised, 0 to `max_noise_level`: more invents more.
 
         The other arguments are those of `StableDiffusionPipeline`, and so are the errors.
         """
