@@ -170,5 +170,5 @@ def test_inputs_that_do_not_fit():
     text_encoder = minidiff.CLIPTextModel(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"input_ids.*77"):
         text_encoder(torch.zeros(1, 78).long())
-    with pytest.raises(TypeError, match="widht"):
+    with pytest.raises(ConfigError, match="widht"):
         minidiff.UNet2DModel(widht=3)

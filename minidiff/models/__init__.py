@@ -9,7 +9,8 @@ from .ldm_bert import LDMBertModel
 from .safety_checker import StableDiffusionSafetyChecker
 from .tiny_vae import AutoencoderTiny
 from .tokenizer import CLIPTokenizer
-from .unet import UNet2DConditionModel, UNet2DModel
+from .unet import UNet2DConditionModel
+from .unet_2d import UNet2DModel
 from .vae import AutoencoderKL
 from .vq import VQModel
 
