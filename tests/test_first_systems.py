@@ -1,5 +1,7 @@
 """The systems of 2021 and 2022 in pixels and in a codebook's latents, beside the reference: narrow, random weights."""
 
+import functools
+
 import diffusers
 import numpy as np
 import pytest
@@ -49,6 +51,7 @@ def watched(pipe, methods, **arguments):
     for method in methods:
         original = getattr(scheduler, method)
 
+        @functools.wraps(original)  # pipelines look at its parameters
         def keep(*args, original=original, **kwargs):
             out = original(*args, **kwargs)
             steps.append(out if isinstance(out, torch.Tensor) else out[0])

@@ -28,3 +28,8 @@ OF_2022 = pixel_attention_2022([f"{side}.mid_block.attentions.{{}}" for side in 
 AUTOENCODER_KL = Table(AUTOENCODER, aliases=OF_2022)
 
 VQ_MODEL = Table([*AUTOENCODER, ("quantize.embedding", "codebook")], aliases=OF_2022)
+
+# Layers have the numbers of their place in a sequence, in ours too
+AUTOENCODER_TINY = Table(
+    [row for side in ("encoder", "decoder") for row in same(f"{side}.layers.{{}}", f"{side}.layers.{{}}.conv.{{}}")]
+)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .unet import PixelAttention, ResnetBlock, default_groups
 
 if TYPE_CHECKING:
-    from .unet import UNet2DConfig, UNet2DModel
+    from .unet_2d import UNet2DConfig, UNet2DModel
 
 SCALE = 2**0.5  # divides the sum of a block's two paths, so that its variance stays
 CHANNELS = 3  # of the picture
@@ -39,7 +39,9 @@ def doubled(x: Tensor) -> Tensor:
     return filtered(x, up=True)
 
 
-def resnet(c: "UNet2DConfig", c_in: int, c_out: int, groups: int | None = None, resample: bool | None = None):
+def resnet(
+    c: "UNet2DConfig", c_in: int, c_out: int, groups: int | None = None, resample: bool | None = None
+) -> ResnetBlock:
     """`resample`: True is up, False is down; then the shortcut has a convolution too."""
     groups = groups or default_groups(c_in)
     fits = c_in % groups == 0 and c_out % default_groups(c_out) == 0

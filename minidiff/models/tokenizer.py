@@ -56,6 +56,7 @@ class TokenizerConfig(Config):
         "clean_up_tokenization_spaces": "meant for WordPiece; transformers 5 ignores it for byte pairs",
         **dict.fromkeys(("name_or_path", "special_tokens_map_file", "tokenizer_file"), "where the files once were"),
         **dict.fromkeys(("backend", "is_local", "local_files_only", "processor_class"), "how transformers loaded them"),
+        **dict.fromkeys(("use_fast", "trust_remote_code"), "how transformers was asked to load them"),
         **dict.fromkeys(("max_length", "stride", "truncation_strategy"), "arguments of a call before the save"),
         **dict.fromkeys(("pad_to_multiple_of", "pad_token_type_id"), "arguments of a call before the save"),
     }

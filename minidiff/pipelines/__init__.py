@@ -10,6 +10,7 @@ from .inpaint import StableDiffusionInpaintPipeline
 from .instruct_pix2pix import StableDiffusionInstructPix2PixPipeline
 from .latent_consistency import LatentConsistencyModelImg2ImgPipeline, LatentConsistencyModelPipeline
 from .latent_diffusion import LDMPipeline, LDMSuperResolutionPipeline
+from .latent_diffusion_text import LDMTextToImagePipeline
 from .noise_levels import KarrasVePipeline, RePaintPipeline, ScoreSdeVePipeline
 from .text_to_image import StableDiffusionPipeline
 from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
@@ -28,6 +29,7 @@ __all__ = [
     "KarrasVePipeline",
     "LDMPipeline",
     "LDMSuperResolutionPipeline",
+    "LDMTextToImagePipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
     "PNDMPipeline",

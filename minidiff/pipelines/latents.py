@@ -86,7 +86,7 @@ def computing(vae: AutoencoderKL, upcast: bool) -> Iterator[None]:
 
 def statistics(vae: AutoencoderKL, read: bool, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and deviation of the latents' channels, (1, C, 1, 1) each, where the VAE has both and they are `read`."""
-    mean, std = vae.config.latents_mean, vae.config.latents_std
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     if not read or mean is None or std is None:
         return None
     return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
@@ -106,7 +106,10 @@ def encode_pictures(
     generator = generator[: len(pictures)] if isinstance(generator, list | tuple) else generator
     dtype = vae.dtype
     with computing(vae, latents_as.upcast and vae.config.force_upcast):
-        latents = vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample(generator).to(dtype)
+        encoded = vae.encode(pictures.to(device, vae.dtype))
+        # AutoencoderTiny has the latents themselves
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.sample(generator)
+        latents = latents.to(dtype)
     known = statistics(vae, latents_as.normed, latents)
     if known is None:
         return latents * vae.config.scaling_factor

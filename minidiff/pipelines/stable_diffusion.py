@@ -18,6 +18,7 @@ from ..image_processor import VaeImageProcessor
 from ..images import check_finite_pictures, check_output_type, to_pil
 from ..models import (
     AutoencoderKL,
+    AutoencoderTiny,
     CLIPImageProcessor,
     CLIPTextModel,
     CLIPTokenizer,
@@ -64,7 +65,7 @@ class StableDiffusion(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ..images import to_output
 from ..loading.component import check_tensors
-from ..models import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, UNet2DConditionModel
+from ..models import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from ..outputs import output
 from ..schedulers.base import Scheduler
 from .denoise import Tensors
@@ -47,7 +54,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         text_encoder: CLIPTextModel | None,
         text_encoder_2: CLIPTextModelWithProjection | None,
         tokenizer: CLIPTokenizer | None,

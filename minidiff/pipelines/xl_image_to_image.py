@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from ..image_processor import PipelineImageInput
-from ..models import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, UNet2DConditionModel
+from ..models import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from ..noise import Generators, randn_tensor
 from ..schedulers.base import Scheduler, check_number
 from .base import DiffusionPipeline
@@ -30,7 +37,7 @@ class StableDiffusionXLOnPictures(StableDiffusionXL):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         text_encoder: CLIPTextModel | None,
         text_encoder_2: CLIPTextModelWithProjection | None,
         tokenizer: CLIPTokenizer | None,
