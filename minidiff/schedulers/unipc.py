@@ -44,8 +44,8 @@ UniPCConfig.fixed = {"solver_p": None, "use_dynamic_shifting": False, "time_shif
 class UniPCMultistepScheduler(SolverScheduler):
     """A predictor of order p, which the next prediction then corrects to order p + 1, at no model call more.
 
-    In float64 the error against the exact solution falls with the power p + 1 of the steps (3.3 of p = 3 that predicts
-    noise), and without the corrector with p.
+    In float64 the error against the exact solution falls with the power p + 1 of the steps, and without the
+    corrector with p.
     """
 
     Config = UniPCConfig
