@@ -2,51 +2,26 @@
 
 from pathlib import Path
 
+from . import models, pipelines, schedulers
 from .loading.config import ConfigError, LoadError
-from .models import (
-    AutoencoderKL,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from .pipelines import DDIMPipeline, DDPMPipeline, DiffusionPipeline, PNDMPipeline, StableDiffusionPipeline
-from .schedulers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
+from .missing import getter
+from .models import *  # noqa: F403
+from .pipelines import *  # noqa: F403
+from .schedulers import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AutoencoderKL",
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "CLIPTokenizer",
     "ConfigError",
-    "DDIMPipeline",
-    "DDIMScheduler",
-    "DDPMPipeline",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DiffusionPipeline",
-    "EulerDiscreteScheduler",
     "LoadError",
-    "PNDMPipeline",
-    "PNDMScheduler",
-    "StableDiffusionPipeline",
-    "UNet2DConditionModel",
-    "UNet2DModel",
-    "UniPCMultistepScheduler",
     "bundled",
+    *models.__all__,
+    *pipelines.__all__,
+    *schedulers.__all__,
 ]
+
+DOORS = ("image_processor", "optimization", "training_utils", "utils")  # where documentation finds its helpers
+__getattr__ = getter(__name__, __all__, DOORS)
 
 
 def bundled(name: str) -> Path:

@@ -5,12 +5,32 @@ import difflib
 import json
 import re
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 BUNDLED = "tiny-emoji"
-SCHEDULERS = ("ddim", "ddpm", "pndm")
+DPM = "DPMSolverMultistepScheduler"
+SCHEDULERS: dict[str, tuple[str, dict]] = {  # the usual short names: a class, and keys of its config
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmsolver": (DPM, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": (DPM, {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "sde-dpmsolver++": (DPM, {"algorithm_type": "sde-dpmsolver++"}),
+    "singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -26,13 +46,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="in pixels, a multiple of 8 (default: the model's)")
     parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures, laid out in a grid (%(default)s)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the one that the model's folder names")
+    parser.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best one here)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda")
     parser.add_argument("--variant", help='of the weight files, such as "fp16"')
     parser.add_argument("--scale", type=int, help="enlarge each pixel (4 if bundled, else 1)")
     parser.add_argument("-o", "--output", type=Path, default=Path("minidiff.png"), help="a PNG (%(default)s)")
     args = parser.parse_args(arguments)
-    steps, guidance, scale = (20, 3.0, 4) if args.model is None else (50, 7.5, 1)
+    args.model = BUNDLED if args.model is None else args.model
+    args.bundled = args.model == BUNDLED and not Path(BUNDLED).is_dir()
+    steps, guidance, scale = (20, 3.0, 4) if args.bundled else (50, 7.5, 1)
     args.steps = steps if args.steps is None else args.steps
     args.guidance = guidance if args.guidance is None else args.guidance
     args.scale = scale if args.scale is None else args.scale
@@ -42,9 +65,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument -n: {args.n} is less than 1")
     if args.scale < 1:
         parser.error(f"argument --scale: {args.scale} is less than 1")
+    if not 0 <= args.seed < 2**64 - args.n:
+        parser.error(f"argument --seed: {args.seed} must lie in 0..2^64 - {args.n + 1}")
     if args.output.suffix.lower() != ".png" or not args.output.absolute().parent.is_dir():
         parser.error(f"argument -o: {args.output} must be a .png in a folder that exists")
+    if problem := why_not_writable(args.output):
+        parser.error(f"argument -o: {args.output} can't be written: {problem}")
     return args
+
+
+def why_not_writable(file: Path) -> str | None:
+    """What stands in the way of writing `file`, which is left as it is; None if nothing does."""
+    try:
+        if file.is_dir():
+            return "it is a folder"
+        if file.exists():
+            file.open("ab").close()
+        with tempfile.TemporaryFile(dir=file.absolute().parent):  # where it is written first, to be whole or not at all
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     import minidiff
     from minidiff.images import make_grid
 
-    if args.list or args.model is None:
+    if args.list or args.bundled:
         known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
         if args.list:
             print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
@@ -69,13 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
     device = args.device or next((d for d in ("cuda", "mps") if getattr(torch, d).is_available()), "cpu")
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     try:
-        model = minidiff.bundled(BUNDLED) if args.model is None else args.model
+        model = minidiff.bundled(BUNDLED) if args.bundled else args.model
         pipe = minidiff.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant=args.variant)
         if not isinstance(pipe, minidiff.StableDiffusionPipeline):
             raise ValueError(f"{args.model}: a {type(pipe).__name__} draws without a prompt; call it from Python")
-        if args.scheduler:
-            scheduler = getattr(minidiff, f"{args.scheduler.upper()}Scheduler")
-            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        if args.scheduler or args.karras:
+            name, keys = SCHEDULERS[args.scheduler] if args.scheduler else (type(pipe.scheduler).__name__, {})
+            keys = keys | ({"use_karras_sigmas": True} if args.karras else {})
+            pipe.scheduler = getattr(minidiff, name).from_config(pipe.scheduler.config, **keys)
         pipe.to(device)
         started = time.perf_counter()
         images = pipe(
@@ -89,21 +130,28 @@ def main(arguments: list[str] | None = None) -> int:
             generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.n)],
         ).images
         seconds = time.perf_counter() - started
-    except (ValueError, TypeError, OSError, RuntimeError, AssertionError) as error:  # the last: torch without CUDA
+    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:  # last: no CUDA
         print(f"error: {error}", file=sys.stderr)
         return 1
 
     picture = make_grid(images)
     size = (picture.width * args.scale, picture.height * args.scale)
     picture = picture.resize(size, resample=Image.Resampling.NEAREST)  # pixels stay sharp
-    settings = vars(args) | {"model": args.model or BUNDLED, "scheduler": type(pipe.scheduler).__name__}
+    settings = vars(args) | {"scheduler": type(pipe.scheduler).__name__}
     chunks = PngInfo()
     for key in ("prompt", "negative", "model", "scheduler", "steps", "guidance", "seed", "n"):
         if settings[key] is not None:
             chunks.add_itxt(key, str(settings[key]))
-    picture.save(args.output, pnginfo=chunks)
+    unfinished = args.output.with_name(f".{args.output.name}.tmp")  # whole or not at all
+    try:
+        picture.save(unfinished, format="png", pnginfo=chunks)
+        unfinished.replace(args.output.resolve())
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        print(f"error: {args.output} can't be written: {error}", file=sys.stderr)
+        return 1
     print(f"{args.output} ({picture.width} x {picture.height}, {seconds / args.steps:.3f} s a step on {device})")
-    if args.model is None:
+    if args.bundled:
         print(f"Drawn by the bundled {BUNDLED}; a real one: --model stable-diffusion-v1-5/stable-diffusion-v1-5")
     return 0
 

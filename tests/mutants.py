@@ -16,24 +16,39 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SCHEDULERS, TABLES = "tests/test_properties_schedulers.py", "tests/test_properties_tables.py"
+BASE, SCHEDULE, DDIM, DDPM, PNDM = (
+    f"minidiff/schedulers/{name}.py" for name in ("base", "schedule", "ddim", "ddpm", "pndm")
+)
 SOLVER, DPM, UNIPC, DEIS = (f"minidiff/schedulers/{name}.py" for name in ("solver", "dpm_solver", "unipc", "deis"))
 BASE, DDIM, DDPM, PNDM = (f"minidiff/schedulers/{name}.py" for name in ("base", "ddim", "ddpm", "pndm"))
 RULES, UNET, VAE, CLIP = (f"weights_compat/{name}.py" for name in ("rules", "unet", "vae", "clip"))
+
+SIGMA, EULER, ANCESTRAL, HEUN, LMS, KDPM2, KDPM2_ANCESTRAL = VE = tuple(
+    f"minidiff/schedulers/{name}.py"
+    for name in ("sigma", "euler", "euler_ancestral", "heun", "lms", "kdpm2", "kdpm2_ancestral")
+)
+VE_TESTS = "tests/test_sigma_samplers.py"
+DISTILLED, LCM, TCD, INVERSE, REPAINT, KARRAS_VE, SDE_VE, FLOW = OTHERS = tuple(
+    f"minidiff/schedulers/{name}.py"
+    for name in ("distilled", "lcm", "tcd", "ddim_inverse", "repaint", "karras_ve", "score_sde_ve", "flow_match_euler")
+)
+OTHER_TESTS = "tests/test_other_samplers.py"
+TESTS = {file: [VE_TESTS] for file in VE} | {file: [OTHER_TESTS] for file in OTHERS}
 
 # File, the code, and what it becomes. The code must stand there once.
 MUTANTS = [
     # signs
     (BASE, "self.alphas = 1.0 - self.betas", "self.alphas = 1.0 + self.betas"),
-    (BASE, "* original_samples + sqrt_one", "* original_samples - sqrt_one"),
-    (BASE, "* noise - sqrt_one_minus_alpha_bar * sample", "* noise + sqrt_one_minus_alpha_bar * sample"),
-    (BASE, "(sample - sqrt_one_minus_alpha_bar * eps)", "(sample + sqrt_one_minus_alpha_bar * eps)"),
-    (BASE, "(sample - sqrt_alpha_bar * x0)", "(sample + sqrt_alpha_bar * x0)"),
-    (BASE, "sqrt_alpha_bar * sample - sqrt_one", "sqrt_alpha_bar * sample + sqrt_one"),
-    (BASE, "sqrt_alpha_bar * model_output + sqrt_one", "sqrt_alpha_bar * model_output - sqrt_one"),
-    (BASE, "clamp(-config.clip_sample_range", "clamp(config.clip_sample_range"),
+    (BASE, "alpha * original_samples + sigma", "alpha * original_samples - sigma"),
+    (BASE, "alpha * noise - sigma * sample", "alpha * noise + sigma * sample"),
+    (BASE, "(sample - sigma * predicted) / alpha", "(sample + sigma * predicted) / alpha"),
+    (BASE, "(sample - alpha * predicted) / sigma", "(sample + alpha * predicted) / sigma"),
+    (BASE, "alpha * sample - sigma * predicted, alpha", "alpha * sample + sigma * predicted, alpha"),
+    (BASE, "alpha * predicted + sigma * sample", "alpha * predicted - sigma * sample"),
+    (BASE, "clamp(-c.clip_sample_range", "clamp(c.clip_sample_range"),
     (BASE, "(1 - alpha_bar) ** 0.5\n        if self", "(1 + alpha_bar) ** 0.5\n        if self"),
     (DDIM, "1 - alpha_bar_prev - sigma**2", "1 - alpha_bar_prev + sigma**2"),
-    (DDIM, "* x0 + direction_to_x_t", "* x0 - direction_to_x_t"),
+    (DDIM, "* x0 + remaining**0.5", "* x0 - remaining**0.5"),
     (DDIM, "(1 - alpha_bar / alpha_bar_prev)", "(1 + alpha_bar / alpha_bar_prev)"),
     (DDIM, "self._alpha_bar(t - stride)", "self._alpha_bar(t + stride)"),
     (DDPM, "x0_weight * x0 + sample_weight", "x0_weight * x0 - sample_weight"),
@@ -44,26 +59,29 @@ MUTANTS = [
     (PNDM, "(model_output + self.history[-1])", "(model_output - self.history[-1])"),
     # indices and neighbours
     (BASE, "np.arange(T, 0, -T / n).round() - 1", "np.arange(T, 0, -T / n).round() - 2"),
-    (BASE, "* (T // n) + offset", "* (T // n + 1) + offset"),
-    (BASE, "np.linspace(0, T - 1, n)", "np.linspace(0, T - 2, n)"),
+    (BASE, "* (T // (n + spare))", "* (T // (n + spare) + 1)"),
+    (BASE, "np.linspace(0, T - 1, n", "np.linspace(0, T - 2, n"),
     (BASE, "if t >= 0 else self.final", "if t > 0 else self.final"),
-    (BASE, "sqrt_alpha_bar[-1].clone()", "sqrt_alpha_bar[-2].clone()"),
-    (BASE, "alpha_bar[1:] / alpha_bar[:-1]", "alpha_bar[1:] / alpha_bar[1:]"),
-    (BASE, "range(num_train_timesteps + 1)", "range(1, num_train_timesteps + 2)"),
-    (DDIM, "self.final_alpha_cumprod = self.alphas_cumprod[0]", "self.final_alpha_cumprod = self.alphas_cumprod[1]"),
-    (DDPM, "[*grid[1:], -1]", "[*grid[1:], 0]"),
+    (SCHEDULE, "sqrt_alpha_bar[-1].clone()", "sqrt_alpha_bar[-2].clone()"),
+    (SCHEDULE, "alpha_bar[1:] / alpha_bar[:-1]", "alpha_bar[1:] / alpha_bar[1:]"),
+    (SCHEDULE, "range(T + 1)", "range(1, T + 2)"),
+    (BASE, "True) else self.alphas_cumprod[0]", "True) else self.alphas_cumprod[1]"),
+    (BASE, "else torch.tensor(-1)", "else torch.tensor(0)"),
     (DDPM, "if t > 0:", "if t > 1:"),
     (DDPM, "if t > 0:", "if t >= 0:"),
-    (PNDM, "self.final_alpha_cumprod = self.alphas_cumprod[0]", "self.final_alpha_cumprod = self.alphas_cumprod[1]"),
     (PNDM, "grid[:1], grid[1:2], grid[1:]", "grid[:1], grid[1:2], grid[2:]"),
     (PNDM, "self.history[-3:]", "self.history[-2:]"),
     (PNDM, "stage in (0, 2)", "stage in (0, 1)"),
     (PNDM, "grid[3:]", "grid[2:]"),
     (PNDM, "t + stride, t, return_dict", "t, t, return_dict"),
     # factors and exponents
-    (BASE, "(t + 0.008) / 1.008", "(t + 0.008) / 1.004"),
-    (BASE, "start**0.5, end**0.5, T, dtype=torch.float32) ** 2", "start**0.5, end**0.5, T, dtype=torch.float32) ** 1"),
-    (BASE, "dtype=torch.float32).sigmoid() * (end - start)", "dtype=torch.float32).sigmoid() * (end + start)"),
+    (SCHEDULE, "(t + 0.008) / 1.008", "(t + 0.008) / 1.004"),
+    (
+        SCHEDULE,
+        "start**0.5, end**0.5, T, dtype=torch.float32) ** 2",
+        "start**0.5, end**0.5, T, dtype=torch.float32) ** 1",
+    ),
+    (SCHEDULE, "dtype=torch.float32).sigmoid() * (end - start)", "dtype=torch.float32).sigmoid() * (end + start)"),
     (BASE, "limit.clamp(min=1,", "limit.clamp(min=2,"),
     (DDIM, "eta * variance**0.5", "eta * variance"),
     (DDPM, "alpha**0.5 * (1 - alpha_bar_prev)", "alpha * (1 - alpha_bar_prev)"),
@@ -89,7 +107,102 @@ MUTANTS = [
     (DEIS, "t * (-c + log_t - 1)", "t * (-c + log_t + 1)"),
     # state that isn't cleared
     (PNDM, "        self.counter = 0  # of calls to step", "        self.counter = getattr(self, 'counter', 0)"),
-    (PNDM, "self.history: list[torch.Tensor] = []", "self.history = getattr(self, 'history', [])"),
+    (BASE, "self.history: tuple[Tensor, ...] = ()", "self.history = getattr(self, 'history', ())"),
+    # the other samplers, and what they brought to the base
+    (BASE, "if self.alphas_cumprod[t] == 0", "if self.alphas_cumprod[t] == 1"),
+    (BASE, 'and not c.own("thresholding")', 'or c.own("thresholding")'),
+    (
+        BASE,
+        "levels_at(timesteps, torch.promote_types(sample.dtype, torch.float32))",
+        "levels_at(timesteps, sample.dtype)",
+    ),
+    (BASE, "self.begin_index if self.step_index is None else self", "self.begin_index if True else self"),
+    (LCM, "c_out * x0 + c_skip * sample", "c_out * x0 - c_skip * sample"),
+    (LCM, "if i + 1 < len(self.grid) else t", "if i + 1 < len(self.grid) else 0"),
+    (LCM, "c_skip = SIGMA_DATA**2", "c_skip = SIGMA_DATA"),
+    (LCM, "i != self.num_inference_steps - 1", "i != len(self.grid) - 1"),
+    (LCM, "(1 - alpha_bar_next) ** 0.5 * noise", "(1 - alpha_bar) ** 0.5 * noise"),
+    (DISTILLED, "* (len(self) // original) - 1", "* (len(self) // original)"),
+    (DISTILLED, "endpoint=False", "endpoint=True"),
+    (DISTILLED, "given[len(given) - int", "given[len(given) - 1 - int"),
+    (DISTILLED, "always=self.unbounded and", "always=False and"),
+    (TCD, "(1 - alpha_bar_s) ** 0.5 * eps", "(1 - alpha_bar) ** 0.5 * eps"),
+    (TCD, "int((1 - eta) * t_next)", "int((1 - eta) * int(t_next))"),
+    (TCD, "(1 - kept) ** 0.5", "(1 - kept**2) ** 0.5"),
+    (TCD, "np.arange(int(len(self) * strength))", "np.arange(int(len(self) * strength)) + 1"),
+    (INVERSE, "self._alpha_bar(t - stride), self._alpha_bar(t)", "self._alpha_bar(t), self._alpha_bar(t - stride)"),
+    (INVERSE, "(1 - alpha_bar_next) ** 0.5 * eps", "(1 - alpha_bar) ** 0.5 * eps"),
+    (INVERSE, "< 0 and self.final", "< 0 or self.final"),
+    (REPAINT, "mask * known + (1.0 - mask) * painted", "(1.0 - mask) * known + mask * painted"),
+    (REPAINT, '"jump_n_sample") - 1)', '"jump_n_sample"))'),
+    (REPAINT, "range(0, n - jump, jump)", "range(0, n, jump)"),
+    (REPAINT, "range(level + 1, level + jump + 1)", "range(level, level + jump)"),
+    (REPAINT, "self.betas[t : t + stride]", "self.betas[t + 1 : t + stride + 1]"),
+    (REPAINT, "beta**0.5 * noise", "beta * noise"),
+    (KARRAS_VE, "self.config.sigma_min**2, self.config.sigma_max**2", "self.config.sigma_min, self.config.sigma_max"),
+    (KARRAS_VE, "(sigma_hat**2 - sigma**2) ** 0.5", "(sigma_hat - sigma)"),
+    (KARRAS_VE, "c.s_churn / n", "c.s_churn / (n + 1)"),
+    (KARRAS_VE, "0.5 * derivative + 0.5 * corrected", "corrected"),
+    (KARRAS_VE, "sample_prev + sigma_prev * model_output", "sample_prev - sigma_prev * model_output"),
+    (SDE_VE, "levels[i + 1], levels[i]", "levels[i], levels[i + 1]"),
+    (SDE_VE, "sample + diffusion**2 * model_output", "sample - diffusion**2 * model_output"),
+    (SDE_VE, "score_norm) ** 2 * 2", "score_norm) ** 2"),
+    (SDE_VE, "(2 * e) ** 0.5", "e**0.5"),
+    (SDE_VE, "* (len(self.grid) - 1)).long()", "* len(self.grid)).long()"),
+    (FLOW, "self.shift = c.shift", "self.shift = 1.0"),
+    (FLOW, "np.linspace(self.sigma_max * T, self.sigma_min * T, n)", "np.linspace(T, 1, n)"),
+    (FLOW, "(factor + (1 / t - 1)", "(factor + (1 / t + 1)"),
+    (FLOW, "1 - run if c.invert_sigmas else run\n", "run\n"),
+    (FLOW, "1 - distance / (", "1 - distance * ("),
+    (FLOW, "sigma_next - sigma, model_output.dtype", "sigma - sigma_next, model_output.dtype"),
+    (FLOW, "(levels < sigma - 1e-6)", "(levels <= sigma)"),
+    (FLOW, "(1 - sigma_next) * (x", "(1 - sigma) * (x"),
+    (FLOW, "add * noise + keep * sample", "keep * noise + add * sample"),
+    # samplers in the noise level
+    (EULER, "gamma + 1", "gamma - 1"),
+    (EULER, "len(self.sigmas) - 1), 2**0.5", "len(self.sigmas)), 2**0.5"),
+    (EULER, "(sigma_hat**2 - sigma**2) ** 0.5", "(sigma_hat**2 - sigma**2)"),
+    (EULER, "(sigma_next - sigma_hat)", "(sigma_next - sigma)"),
+    (EULER, "/ sigma_hat", "/ sigma"),
+    (EULER, "0.25 * torch", "0.5 * torch"),
+    (EULER, "s_tmin <= sigma <= s_tmax", "s_tmin <= sigma or sigma <= s_tmax"),
+    (ANCESTRAL, "slope * (sigma_down - sigma)", "slope * (sigma_next - sigma)"),
+    (ANCESTRAL, "noise * sigma_up", "noise * sigma_next"),
+    (ANCESTRAL, "self.sigmas[i + 1]", "self.sigmas[i]"),
+    (ANCESTRAL, "slope = (x - x0)", "slope = (x + x0)"),
+    (SIGMA, "(sigma**2 - sigma_next**2) / sigma**2", "(sigma**2 - sigma_next**2) / sigma"),
+    (SIGMA, "(sigma_next**2 - up**2).clamp", "(sigma_next**2 + up**2).clamp"),
+    (SIGMA, ".clamp(min=0) ** 0.5", " ** 0.5"),
+    (SIGMA, "[0, *np.repeat(np.arange(1,", "[0, *np.repeat(np.arange(0,"),
+    (SIGMA, "if i % 2 and not self.history", "if i % 2 and self.history"),
+    (SIGMA, "(1 - w) * i + w * (i + 1)", "(1 - w) * i + w * i"),
+    (SIGMA, "(most**2 + 1) ** 0.5 if", "(most**2) ** 0.5 if"),
+    (SIGMA, "least + _beta_quantiles(n)", "most + _beta_quantiles(n)"),
+    (SIGMA, "rho: float = 7.0", "rho: float = 6.0"),
+    (HEUN, "if i % 2 == 0", "if i % 2 == 1"),
+    (HEUN, "(first + slope) / 2", "(first + slope) / 3"),
+    (HEUN, "(first + slope) / 2", "(first - slope) / 2"),
+    (HEUN, "self.sigmas[i - 1]", "self.sigmas[i + 1]"),
+    (HEUN, "self.history = (sample, slope)", "self.history = (x0, slope)"),
+    (HEUN, "self._bound(self._x0(model_output, sample, sigma))", "self._x0(model_output, sample, sigma)"),
+    (LMS, "self.history[len(self.history) > order :]", "self.history[len(self.history) > 4 :]"),
+    (LMS, "min(order, i + 1)", "min(order, len(self.history))"),
+    (LMS, "min(order, i + 1)", "min(order, i)"),
+    (LMS, "reversed(self.history)", "self.history"),
+    (LMS, "1 / (powers + 1)", "1 / (powers + 2)"),
+    (LMS, "- sigma) / h", "+ sigma) / h"),
+    (LMS, "[sigma, *reversed(nodes)]", "[sigma, *nodes]"),
+    (KDPM2, "levels[:-1].log(), 0.5)", "levels[:-1].log(), 0.4)"),
+    (KDPM2, "np.float32", "np.float64"),
+    (KDPM2, "self.middles[i // 2] if i % 2", "self.sigmas[i] if i % 2"),
+    (KDPM2, "slope * (middle - sigma)", "slope * (end - sigma)"),
+    (KDPM2, "slope * (end - sigma)", "slope * (middle - sigma)"),
+    (KDPM2, "self.sigmas[i - i % 2]", "self.sigmas[i]"),
+    (KDPM2, "rounded = True", "rounded = False"),
+    (KDPM2_ANCESTRAL, "noise * self.ups", "noise * self.ends"),
+    (KDPM2_ANCESTRAL, "if i % 2:", "if i % 2 == 0:"),
+    (KDPM2_ANCESTRAL, "self.ends > 0, middles, levels[1:]", "self.ends > 0, middles, levels[:-1]"),
+    (KDPM2_ANCESTRAL, "0.5).exp()", "0.6).exp()"),
     # names
     (RULES, "(ours, hub) for hub, ours in rows", "(hub, ours) for hub, ours in rows"),
     (RULES, "self._modern(name) or name", "name"),
@@ -141,10 +254,12 @@ def survives(mutant, folder):
         os.dup2(out, 2)
         import pytest
 
+        default = [TABLES] if mutant[0].startswith("weights_compat") else [SCHEDULERS, OTHER_TESTS]
+        tests = TESTS.get(mutant[0], default)
         tests = TABLES if mutant[0].startswith("weights_compat") else SCHEDULERS
         tests = "tests/test_solvers.py" if mutant[0] in (SOLVER, DPM, UNIPC, DEIS) else tests
         options = ["-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(folder)]
-        os._exit(pytest.main([*options, str(folder / tests)]))
+        os._exit(pytest.main([*options, *(str(folder / name) for name in tests)]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -4,7 +4,7 @@ import diffusers
 import torch
 import transformers
 
-import minidiff.loading
+import minidiff
 from weights_compat import TABLES
 from weights_compat.manifests import narrow, read_manifest
 
@@ -53,7 +53,7 @@ def twins(class_name: str, config: dict, seed: int = 0) -> tuple[torch.nn.Module
     else:
         reference = getattr(diffusers, class_name).from_config(config)
     randomize(reference, seed)
-    ours = minidiff.loading.CLASSES[class_name].from_config(config)
+    ours = getattr(minidiff, class_name).from_config(config)
     table = TABLES[class_name]
     ours.load_state_dict({table.ours(name): tensor.clone() for name, tensor in reference.state_dict().items()})
     return reference, ours.eval()

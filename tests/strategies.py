@@ -95,10 +95,11 @@ def inputs(data, model, batch, device="cpu"):
     config, generator = model.config, torch.Generator().manual_seed(0)
     if isinstance(model, m.CLIPTextModel):
         length = data.draw(st.integers(1, config.max_position_embeddings))
-        return {"input_ids": torch.randint(0, 40, (batch, length), generator=generator).to(device)}
+        ids = torch.randint(0, 40, (batch, length), generator=generator)
+        ids[:, -1] = config.eos_token_id
+        return {"input_ids": ids.to(device)}
     levels = len(config.block_out_channels)
     least, step = (1, 1) if isinstance(model, m.UNet2DConditionModel) else (2 ** (levels - 1), 2 ** (levels - 1))
-    step = 1 if isinstance(model, m.AutoencoderKL) else step
     H, W = (least + step * data.draw(st.integers(1, 5)) for _ in "HW")
 
     def normal(*shape):

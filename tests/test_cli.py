@@ -1,6 +1,7 @@
 """The command line, in this process: what it draws, writes and prints."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff.__main__ import main
+from minidiff.__main__ import SCHEDULERS, main
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_grid_size_scale_and_scheduler(draw, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", "100"], "error: height=100 must be a positive multiple of 8"),
+        (["--height", "101"], "error: height=101 must be a positive multiple of "),
         (["--steps", "0"], "error: num_inference_steps=0"),
         (["--model", "./nowhere"], "error: ./nowhere: there is no such folder"),
         (["--device", "quantum"], "error: "),
@@ -73,7 +74,16 @@ def test_errors_are_one_line(draw, tmp_path, capsys, arguments, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["-n", "0"], ["--scale", "0"], ["-o", "picture.jpg"], ["-o", "nowhere/x.png"], ["--scheduler", "euler"]],
+    [
+        ["-n", "0"],
+        ["--scale", "0"],
+        ["-o", "picture.jpg"],
+        ["-o", "nowhere/x.png"],
+        ["--scheduler", "eular"],
+        ["--seed", str(2**64)],
+        ["--seed", "-1"],
+        ["--seed", str(2**64 - 1), "-n", "2"],
+    ],
 )
 def test_wrong_arguments_are_told_before_anything_is_loaded(draw, arguments):
     with pytest.raises(SystemExit) as caught:
@@ -112,3 +122,62 @@ def test_unknown_words_are_named(tmp_path, monkeypatch, capsys):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert "red apple" in out and "Backgrounds: " in out and '"a fox and a cactus on a yellow background"' in out
+
+
+def test_the_bundled_model_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["a fox", "--steps", "2", "-o", "default.png"]) == 0
+    assert main(["a fox", "--steps", "2", "-o", "named.png", "--model", "tiny-emoji"]) == 0
+    assert (tmp_path / "default.png").read_bytes() == (tmp_path / "named.png").read_bytes()
+    assert capsys.readouterr().out.count("Drawn by the bundled tiny-emoji") == 2
+
+
+def test_every_sampler_by_its_short_name(draw, tmp_path):
+    """The class that the name stands for draws, with the model's betas; --karras is its config's key."""
+    for short, (name, keys) in SCHEDULERS.items():
+        assert draw("--scheduler", short, "--steps", "4") == 0, short
+        with Image.open(tmp_path / "minidiff.png") as picture:
+            assert picture.text["scheduler"] == name
+        assert keys.keys() <= set(getattr(minidiff, name)().config)
+    pictures = {}
+    for extra in ([], ["--karras"]):
+        assert draw("--scheduler", "euler", "--steps", "4", *extra) == 0
+        pictures[len(extra)] = (tmp_path / "minidiff.png").read_bytes()
+    assert pictures[0] != pictures[1]
+
+
+def test_karras_where_there_is_none(draw, tmp_path, capsys):
+    assert draw("--scheduler", "ddim", "--karras") == 1
+    assert "DDIMScheduler has no use_karras_sigmas" in capsys.readouterr().err
+
+
+def test_an_output_that_cant_be_written(draw, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    with pytest.raises(SystemExit):
+        draw("-o", "folder.png")
+    assert "folder.png can't be written: it is a folder" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "full.png"]
+
+
+def test_a_picture_is_written_whole_or_not_at_all(draw, tmp_path, capsys, monkeypatch):
+    (tmp_path / "old.png").write_bytes(b"old")
+
+    def full(self, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert draw("-o", "old.png") == 1
+    assert "error: old.png can't be written: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
+    assert (tmp_path / "old.png").read_bytes() == b"old"
+
+
+def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch):
+    def overflow(*args, **kwargs):
+        raise FloatingPointError("the sample isn't finite after step 1")
+
+    monkeypatch.setattr(minidiff.StableDiffusionPipeline, "__call__", overflow)
+    assert draw() == 1
+    assert capsys.readouterr().err == "error: the sample isn't finite after step 1\n"

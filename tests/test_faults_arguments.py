@@ -41,7 +41,7 @@ def stable_diffusion_cases():
     for value in (3, [3], ["a", "b"]):
         yield "negative_prompt", {"prompt": "a", "negative_prompt": value}
     for name in ("height", "width"):
-        for value in (0, -8, 7, 12, 8.0, "8", True, NAN, [8]):
+        for value in (0, -8, 7, 13, 8.0, "8", True, NAN, [8]):
             yield name, {"prompt": "a", name: value}
     for value in (0, -1, 1001, 2.5, "5", None, NAN, [5], torch.zeros(2)):
         yield "num_inference_steps", {"prompt": "a", "num_inference_steps": value}
@@ -254,8 +254,8 @@ def test_wrapped_models_are_taken(pipes):
             super().__init__()
             self.unet, self.config, self.device, self.dtype = unet, unet.config, unet.device, unet.dtype
 
-        def forward(self, *arguments):
-            return m.unet.UNetOutput(self.unet(*arguments).sample / 2)
+        def forward(self, *arguments, **named):
+            return m.models.unet.UNetOutput(self.unet(*arguments, **named).sample / 2)
 
     pipe = m.StableDiffusionPipeline(**{**pipes["sd"].components, "unet": Halved(pipes["sd"].unet)})
     pipe.set_progress_bar_config(disable=True)
@@ -310,3 +310,25 @@ def test_a_run_that_overflows_says_at_which_step(pipes):
 
     with pytest.raises(FloatingPointError, match=r"step 4 of 7 \(timestep 499\)"):
         picture(pipes["sd"], callback_on_step_end=overflow)
+
+
+def test_channels_that_make_no_picture():
+    unet = m.UNet2DModel(
+        sample_size=8,
+        in_channels=5,
+        out_channels=5,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+    )
+    pipe = m.DDPMPipeline(unet, m.DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    refuses("output_type", pipe, num_inference_steps=2)
+    assert pipe(num_inference_steps=2, output_type="pt").images.shape == (1, 5, 8, 8)
+
+
+def test_numbers_that_are_none_say_so(pipes):
+    with pytest.raises(ValueError, match=r"guidance_scale=nan must be finite$"):
+        pipes["sd"]("a", guidance_scale=NAN)

@@ -18,6 +18,13 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def text(text_encoder, batch: int, length: int) -> torch.Tensor:
+    """Token ids that end as a text does."""
+    ids = torch.arange(batch * length).reshape(batch, length)
+    ids[:, -1] = text_encoder.config.eos_token_id
+    return ids
+
+
 def unet_inputs(config: dict, height: int = 16, width: int = 16) -> dict:
     inputs = {
         "sample": noise(2, config["in_channels"], height, width),
@@ -118,7 +125,7 @@ def test_compiles_whole(tiny_models):
         (tiny_models["UNet2DConditionModel"], unet_inputs),
         (tiny_models["UNet2DModel"], {"sample": noise(1, 3, 8, 8), "timestep": torch.tensor(5)}),
         (tiny_models["AutoencoderKL"], {"sample": noise(1, 3, 16, 16)}),
-        (tiny_models["CLIPTextModel"], {"input_ids": torch.zeros(1, 7).long()}),
+        (tiny_models["CLIPTextModel"], {"input_ids": text(tiny_models["CLIPTextModel"], 1, 7)}),
     ]:
         with torch.no_grad():
             compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -170,5 +177,5 @@ def test_inputs_that_do_not_fit():
     text_encoder = minidiff.CLIPTextModel(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"input_ids.*77"):
         text_encoder(torch.zeros(1, 78).long())
-    with pytest.raises(TypeError, match="widht"):
+    with pytest.raises(ConfigError, match="widht"):
         minidiff.UNet2DModel(widht=3)

@@ -81,11 +81,11 @@ add_noise = S.add_noise
 S.add_noise = lambda self, x, noise, t: add_noise(self, x, 1.05 * noise, t)
 """,
     "04_vae": """
-from minidiff.vae import DiagonalGaussianDistribution as D
+from minidiff.models.vae import DiagonalGaussianDistribution as D
 D.std = property(lambda self: self.logvar.exp())
 """,
     "05_clip": """
-from minidiff.clip import Layer
+from minidiff.models.clip import Layer
 forward = Layer.forward
 Layer.forward = lambda self, x, mask: forward(self, x, mask | True)
 """,

@@ -9,11 +9,15 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from strategies import CONFIGS, inputs
 
 import minidiff as m
 import weights_compat
+from minidiff.loading.tensors import to_ours, write_tensors
+from minidiff.loading.weights import Files, read_weights, write_weights
 from weights_compat import TABLES
+from weights_compat.rules import Table, bare
 
 MANIFESTS = sorted((Path(weights_compat.__file__).parent / "manifests").glob("*.json"))
 
@@ -83,10 +87,10 @@ def test_manifests_are_mapped_one_to_one(file):
 @st.composite
 def rows(draw, table):
     """A row of the table, its templates filled with the same numbers."""
-    hub, ours = draw(st.sampled_from(table.rows))
+    hub, ours, _, ends = draw(st.sampled_from(table.rows))
     numbers = [draw(st.integers(0, 10**6)) for _ in range(hub.count("{}"))]
-    parameter = draw(st.sampled_from(("weight", "bias")))
-    return f"{hub.format(*numbers)}.{parameter}", f"{ours.format(*numbers)}.{parameter}"
+    end = draw(st.sampled_from(ends))
+    return f"{hub.format(*numbers)}{end}", f"{ours.format(*numbers)}{end}"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,17 +105,17 @@ def test_generated_names_go_there_and_back(name, data):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_two_templates_meet(name):
     table = TABLES[name]
-    hubs, ours = zip(*table.rows, strict=True)
+    hubs, ours = [row.hub for row in table.rows], [row.ours for row in table.rows]
     assert len(set(hubs)) == len(set(ours)) == len(table.rows)
-    assert all(hub.count("{}") == own.count("{}") for hub, own in table.rows)
-    assert not set(hubs) & {old for old, _ in table.aliases}
+    assert all(row.hub.count("{}") == row.ours.count("{}") for row in table.rows)
+    assert not set(hubs) & {row.hub for row in table.aliases}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_digit_more_is_another_module(name):
     """norm10 is not norm1, though it begins so."""
     table = TABLES[name]
-    for hub, ours in table.rows:
+    for hub, ours, *_ in table.rows:
         hub, ours = hub.replace("{}", "0") + "0.weight", ours.replace("{}", "0") + "0.weight"
         assert table.ours(hub) is None or table.hub(table.ours(hub)) == hub
         assert table.hub(ours) is None or table.ours(table.hub(ours)) == ours
@@ -147,3 +151,66 @@ def test_ignored_names_are_those_of_position_ids():
         assert TABLES[name].is_ignored("text_model.embeddings.position_ids")
         assert TABLES[name].is_ignored("embeddings.position_ids")
     assert not any(TABLES[name].is_ignored("text_model.embeddings.token_embedding.weight") for name in CONFIGS)
+
+
+# The third column
+
+CHANGED = Table(
+    [
+        ("conv_in", "first"),
+        ("blocks.{}.proj_in", "blocks.{}.proj", "convolution"),
+        ("projection", "head", "transpose"),
+        *(
+            bare(f"blocks.{{}}.attn.in_proj_{end}", f"blocks.{{}}.attention.{name}.{end}", f"third {number}")
+            for end in ("weight", "bias")
+            for number, name in enumerate("qkv")
+        ),
+        bare("class_embedding", "class_embedding"),
+        bare("text_projection", "text_projection.weight", "transpose"),
+    ]
+)
+
+
+def changed_files(blocks, width, inner):
+    """A file's tensors, of every change: name -> shape there."""
+    shapes = {"conv_in.weight": (width, 4, 3, 3), "projection.weight": (width, inner), "projection.bias": (width,)}
+    shapes |= {"class_embedding": (inner,), "text_projection": (inner, width)}
+    for block in range(blocks):
+        shapes |= {f"blocks.{block}.proj_in.weight": (inner, width, 1, 1), f"blocks.{block}.proj_in.bias": (inner,)}
+        attention = f"blocks.{block}.attn.in_proj"
+        shapes |= {f"{attention}_weight": (3 * inner, width), f"{attention}_bias": (3 * inner,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.sampled_from(("10GB", 100)))
+@settings(max_examples=10)
+def test_changed_tensors_go_there_and_back(tmp_path_factory, blocks, width, inner, size):
+    """From a file, as ours, to a file and back again: the same tensors; and each of ours is what it should be."""
+    folder, there = tmp_path_factory.mktemp("changed"), changed_files(blocks, width, inner)
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", there)
+    ours = {name: to_ours(change, there[hub]) for hub in there for name, change in CHANGED.places(hub)}
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    assert len(ours) == len(there) + 4 * blocks and shapes["blocks.0.proj.weight"] == (inner, width)
+    whole, last = there[f"blocks.{blocks - 1}.attn.in_proj_weight"], f"blocks.{blocks - 1}.attention"
+    parts = [ours[f"{last}.{name}.weight"] for name in "qkv"]
+    assert [part.shape for part in parts] == [(inner, width)] * 3 and torch.equal(torch.cat(parts), whole)
+    assert torch.equal(ours["text_projection.weight"], there["text_projection"].T)
+    assert all(CHANGED.origin(name) == (hub, change) for hub in there for name, change in CHANGED.places(hub))
+    (folder / "again").mkdir()
+    write_weights(ours, "diffusion_pytorch_model", folder / "again", Files(max_shard_size=size), CHANGED)
+    for place in (folder, folder / "again"):
+        read = read_weights(place, Files(), CHANGED, shapes, "it")
+        assert read.keys() == ours.keys() and all(torch.equal(read[name], ours[name]) for name in ours)
+    written = [load_file(file) for file in (folder / "again").glob("*.safetensors")]
+    again = {name: tensor for tensors in written for name, tensor in tensors.items()}
+    assert again.keys() == there.keys() and all(torch.equal(again[name], there[name]) for name in there)
+
+
+@pytest.mark.parametrize("name", ("class_embedding.weight", "blocks.0.attn.in_proj_weight.bias", "conv_in"))
+def test_bare_names_are_whole_names(name):
+    assert CHANGED.ours(name) is None
+
+
+def test_an_unknown_change_is_an_error():
+    with pytest.raises(ValueError, match="change='turned' is not known"):
+        to_ours("turned", torch.zeros(1))

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from minidiff.config import ConfigError, LoadError
-from minidiff.tokenizer import CLIPTokenizer, TokenizerConfig
+from minidiff.loading.config import ConfigError, LoadError
+from minidiff.models.tokenizer import CLIPTokenizer, TokenizerConfig
 from weights_compat.clip_vocabulary import clip_vocabulary, write_clip_tokenizer
 
 CONFIG, MAP, VOCAB, MERGES = "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"
@@ -101,7 +101,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def pairs(folders) -> dict[str, tuple[CLIPTokenizer, transformers.CLIPTokenizer]]:
     return {
-        name: (CLIPTokenizer.from_folder(folder), transformers.CLIPTokenizer.from_pretrained(folder))
+        name: (CLIPTokenizer.read_from(folder), transformers.CLIPTokenizer.from_pretrained(folder))
         for name, folder in folders.items()
     }
 
@@ -232,11 +232,11 @@ def test_saved_folder_is_the_same_tokenizer(pairs, tmp_path):
     for name in ("xl2", "inversion of 4.34", "small"):
         ours, reference = pairs[name]
         whole, legacy = tmp_path / name, tmp_path / f"{name} without tokenizer.json"
-        ours.save(whole)
+        ours.save_pretrained(whole)
         shutil.copytree(whole, legacy)
         (legacy / "tokenizer.json").unlink()
         for folder in (whole, legacy):
-            for again in (CLIPTokenizer.from_folder(folder), transformers.CLIPTokenizer.from_pretrained(folder)):
+            for again in (CLIPTokenizer.read_from(folder), transformers.CLIPTokenizer.from_pretrained(folder)):
                 assert again(PROMPTS).input_ids == reference(PROMPTS).input_ids
                 assert again.get_vocab() == reference.get_vocab()
                 assert again.decode(again(PROMPTS[-1]).input_ids, skip_special_tokens=True) == reference.decode(
@@ -269,7 +269,7 @@ def test_inert_keys_change_nothing(folders, pairs, tmp_path):
         "errors": "strict",
     }
     change(folder, CONFIG, **values)
-    ours = CLIPTokenizer.from_folder(folder)
+    ours = CLIPTokenizer.read_from(folder)
     for key in ("tokenizer_file", "backend"):  # transformers writes those itself, and never these values
         change(folder, CONFIG, **{key: ...})
     reference = transformers.CLIPTokenizer.from_pretrained(folder)
@@ -381,9 +381,9 @@ BPE = {"type": "BPE", "vocab": {"<|startoftext|>": 0, "<|endoftext|>": 1, "a": 2
 )
 def test_damaged_folders(folders, tmp_path, damage, error, names):
     folder = shutil.copytree(folders["small"], tmp_path / "damaged")
-    CLIPTokenizer.from_folder(folder)
+    CLIPTokenizer.read_from(folder)
     damage(folder)
     with pytest.raises(error) as caught:
-        CLIPTokenizer.from_folder(folder)
+        CLIPTokenizer.read_from(folder)
     for name in names:
         assert name in str(caught.value)

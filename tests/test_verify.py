@@ -68,17 +68,17 @@ def failing(verdicts):
 
 def swap(monkeypatch, cls_name, one, other):
     """Loads two of a model's tensors into each other's place."""
-    from minidiff import loading
+    from minidiff.loading import model
 
-    read = loading._read_weights
+    read = model.read_weights
 
-    def swapped(model, *args):
-        tensors = read(model, *args)
-        if type(model).__name__ == cls_name:
+    def swapped(folder, files, table, shapes, owner):
+        tensors = read(folder, files, table, shapes, owner)
+        if owner == cls_name:
             tensors[one], tensors[other] = tensors[other], tensors[one]
         return tensors
 
-    monkeypatch.setattr(loading, "_read_weights", swapped)
+    monkeypatch.setattr(model, "read_weights", swapped)
 
 
 PICTURE = "StableDiffusionPipeline"

@@ -99,7 +99,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     if args.side:
-        from minidiff.loading import read_json
+        from minidiff.loading.config import read_json
 
         index = read_json(args.folder / "model_index.json")
         dtype = getattr(torch, args.dtype)

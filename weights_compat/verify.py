@@ -361,14 +361,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def find_folder(name: str) -> Path:
-    from minidiff.loading import Files, fetch, wanted_by_pipeline
+    from minidiff.loading.folder import wanted_by_pipeline
+    from minidiff.loading.hub import fetch
+    from minidiff.loading.weights import Files
 
     return fetch(name, lambda names: wanted_by_pipeline(names, Files(), {}), "model_index.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    from minidiff.loading import read_json
+    from minidiff.loading.config import read_json
 
     for library in ("diffusers", "transformers"):
         logging = importlib.import_module(f"{library}.utils.logging")

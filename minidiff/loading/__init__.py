@@ -2,7 +2,9 @@
 
 config.py     JSON -> a checked, frozen config
 hub.py        a Hub id or a path -> a local folder
-folder.py     a folder's files -> tensors under our names
-save.py       components -> a folder, whole or not at all
-component.py  the base of everything that a folder holds, and the registry
+arguments.py  the keywords of `from_pretrained` and `save_pretrained` that need no more than a look
+folder.py     a pipeline's folder <-> its components
+weights.py    a component's files of weights <-> its tensors under our names; tensors.py: one such file
+save.py       a folder that holds all of the new, or is as it was
+component.py  the base of everything that a folder holds, and the registry; model.py: of the networks among them
 """

@@ -4,28 +4,29 @@ defined, and says of itself what loading must know, so that loading knows no cla
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from weights_compat.rules import Table
-
-from .config import Config, ConfigError, LoadError, read_json, write_json
+from .arguments import DOWNLOADS, LOADING, SAVING, check_keywords, one_device
+from .config import Config, ConfigError
 from .hub import check_path, fetch
-from .save import replacing, write_tensors
-from .weights import Files, check_variant, read_weights, wanted, which_files
+from .push import Pushable
+from .save import reading, replacing
+from .weights import Files, check_variant, replaced, wanted, which_files
 
 FORMAT_VERSION = "0.42.0"  # of diffusers, whose folder layout this is
+
+SAVES = ("save_directory", "variant", "safe_serialization", "max_shard_size", "is_main_process")
 
 REGISTRY: dict[str, type["Component"]] = {}  # by the class names that folders give
 
 
-class Component:
+class Component(Pushable):
     """What has a folder, or a part of one: `from_pretrained` and `save_pretrained`.
 
     A subclass says its `library` in model_index.json, other class names that it answers to (`aliases`), and the
@@ -48,7 +49,17 @@ class Component:
         """The object in a local folder. Raises LoadError and ConfigError, which name the file."""
         raise NotImplementedError
 
-    def write_to(self, folder: Path, variant: str | None) -> None:
+    @classmethod
+    def read_with(cls, folder: Path, files: Files, overrides: Mapping[str, Any]) -> Self:
+        """The same with some of its config's keys given."""
+        return cls.read_from(folder, files)
+
+    @classmethod
+    def own_keys(cls) -> list[str]:
+        """The keys of its config that `from_pretrained` takes."""
+        return []
+
+    def write_to(self, folder: Path, files: Files) -> None:
         """Writes the object's files into an empty folder."""
         raise NotImplementedError
 
@@ -58,46 +69,65 @@ class Component:
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        device_map: str | torch.device | Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> Self:
         """Loads one model, scheduler or tokenizer from a folder or Hub repository, or from a `subfolder` of it.
 
-        `dtype` (`torch_dtype` is its older name): of the weights; float32 if None, whatever the files hold. `variant`:
-        of the files, such as "fp16". `use_safetensors`: True takes no pickles, False only pickles; None prefers
-        safetensors. `revision`, `cache_dir`, `token`, `local_files_only` are huggingface_hub's.
+        `dtype` (`torch_dtype` is its older name): of the weights; float32 if None, whatever the files hold; "auto" is
+        theirs. `variant`: of the files, such as "fp16". `use_safetensors`: True takes no pickles, False only pickles;
+        None prefers safetensors. `device_map`: the device to go to; "auto" and "balanced" are the one there is.
+        Keywords: huggingface_hub's `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`; keys of a
+        model's or scheduler's config, which then take the place of the file's. The reference's others are taken where
+        they mean nothing here.
 
-        Raises LoadError for a missing or damaged file, ConfigError for a key or value that isn't supported.
+        Raises LoadError for a missing or damaged file, ConfigError for a key or value that isn't supported, TypeError
+        for an unknown argument, ValueError for a value that isn't supported.
         """
-        files = which_files(dtype or torch_dtype, variant, use_safetensors)
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        files, device = which_files(dtype or torch_dtype, variant, use_safetensors), one_device(device_map)
+        own = [key for key in cls.own_keys() if key not in DOWNLOADS]
+        known = ("subfolder", "torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
+        taken = check_keywords(keywords, LOADING, cls.__name__, (*known, *own))
+        overrides = {key: taken.pop(key) for key in own if key in taken}
         first = f"{subfolder}/*config.json" if subfolder else "*config.json"
 
         def names(all_names: list[str]) -> list[str]:
             return wanted(all_names, subfolder or "", files, cls.files)
 
-        return cls.read_from(fetch(pretrained_model_name_or_path, names, first, **hub) / (subfolder or ""), files)
+        folder = fetch(pretrained_model_name_or_path, names, first, **taken) / (subfolder or "")
+        with reading(folder):
+            found = cls.read_with(folder, files, overrides)
+        return found.to(device) if device and isinstance(found, torch.nn.Module) else found
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, variant: str | None = None, safe_serialization: bool = True
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        max_shard_size: int | str = "10GB",
+        is_main_process: bool = True,
+        **keywords: Any,
     ) -> None:
-        """Writes the Hub's layout to `save_directory`, which afterwards holds all of it or is as it was."""
-        check_save(save_directory, variant, safe_serialization)
-        with replacing(Path(save_directory), lambda old: self.replaced(old, variant)) as new:
-            self.write_to(new, variant)
+        """Writes the Hub's layout to `save_directory`, which afterwards holds all of it or is as it was.
+
+        Weights larger than `max_shard_size` (bytes, or "5GB") are written in shards. Processes that aren't the main
+        one of a distributed run write nothing.
+        """
+        files = check_save(save_directory, variant, safe_serialization, max_shard_size)
+        check_keywords(keywords, SAVING, type(self).__name__, SAVES)
+        if is_main_process:
+            with replacing(Path(save_directory), {"": lambda old: self.replaced(old, files)}) as stages:
+                self.write_to(stages[""], files)
 
     @classmethod
-    def replaced(cls, folder: Path, variant: str | None) -> set[str]:
-        """The files in a component's folder that loading it, in this variant, would read: a save ends them all."""
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        kinds = [Files(variant=variant, use_safetensors=kind) for kind in (True, False)]
-        return {name for files in kinds for name in wanted(names, "", files, cls.files)}
+    def replaced(cls, folder: Path, files: Files) -> set[str]:
+        """The files in a component's folder that end with a save."""
+        return replaced(folder, files, cls.files)
 
 
 class Configured(Component, abstract=True):
@@ -126,6 +156,15 @@ class Configured(Component, abstract=True):
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.config.items())})"
 
     @classmethod
+    def own_keys(cls) -> list[str]:
+        return [*cls.Config.known()]
+
+    @classmethod
+    def read_with(cls, folder: Path, files: Files, overrides: Mapping[str, Any]) -> Self:
+        found = cls.read_from(folder, files)
+        return cls.from_config(found.config, **overrides) if overrides else found
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides) -> Self:
         """Builds from a mapping, or from another object's `.config`, whose defaulted keys are left behind.
 
@@ -147,74 +186,6 @@ class Configured(Component, abstract=True):
             raise ConfigError(f"{cls.__name__} has no {min(unknown)}; its keys: {known}")
 
 
-class Model(Configured, nn.Module, abstract=True):
-    """A network with a config. It holds weights alone, and lives where and in what dtype its parameters do."""
-
-    table: ClassVar[Table]  # the Hub's names of its tensors, and ours
-    weights: ClassVar[str] = "diffusion_pytorch_model"  # the stem of its file of weights
-    gradient_checkpointing = False
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.build(self.config)
-
-    def build(self, c: Config) -> None:
-        """Makes the modules."""
-        raise NotImplementedError
-
-    @classmethod
-    def read_from(cls, folder: Path, files: Files) -> Self:
-        file = folder / "config.json"
-        values = read_json(file)
-        if values.get("_class_name", cls.__name__) != cls.__name__:
-            raise LoadError(f"{file}: _class_name={values['_class_name']!r}, but a {cls.__name__} is asked for")
-        config = cls.Config.read(values, str(file))
-        with torch.device("meta"):  # no memory, no random first weights
-            model = cls(config)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        model.load_state_dict(read_weights(folder, files, cls.table, shapes, cls.__name__), assign=True)
-        return model.eval()
-
-    def write_to(self, folder: Path, variant: str | None) -> None:
-        write_json(folder / "config.json", self.file_config())
-        tensors = {self.table.hub(name): tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        write_tensors(tensors, folder / f"{self.weights}{f'.{variant}' if variant else ''}.safetensors")
-
-    def file_config(self) -> dict[str, Any]:
-        """What config.json says."""
-        return {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **self.config}
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Training then keeps the inputs of each level alone, and computes the rest again on the way back."""
-        self.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
-
-    def through(self, block: nn.Module, *inputs: Any) -> Any:
-        """What `block` makes of `inputs`, checkpointed where that is asked for."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    def check_inputs(self, **inputs: torch.Tensor) -> None:
-        """Raises a TypeError that names the first input that is no tensor, or not of the weights' dtype."""
-        check_tensors(**inputs)
-        for name, value in inputs.items():
-            if value.dtype != self.dtype and not torch.is_autocast_enabled(value.device.type):
-                raise TypeError(f"{name} is {value.dtype}, but this {type(self).__name__} is {self.dtype}: convert one")
-
-    __repr__ = nn.Module.__repr__
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-
 def check_tensors(**arguments) -> None:
     """Raises a TypeError that names the first argument that is no tensor."""
     for name, value in arguments.items():
@@ -222,8 +193,15 @@ def check_tensors(**arguments) -> None:
             raise TypeError(f"{name} must be a tensor, but is {value!r}")
 
 
-def check_save(folder: str | os.PathLike, variant: str | None, safe_serialization: bool) -> None:
+def check_save(
+    folder: str | os.PathLike, variant: str | None, safe_serialization: bool, max_shard_size: int | str
+) -> Files:
+    """Checks the arguments of a `save_pretrained`. Raises TypeError or ValueError, which names the one."""
     check_path(folder, "save_directory", "a folder")
     check_variant(variant)
     if safe_serialization is not True:
         raise ValueError("safe_serialization must be True: minidiff reads pickles, and writes none")
+    digits = re.fullmatch(r"[1-9][0-9]*(KB|MB|GB|TB)?", str(max_shard_size))
+    if isinstance(max_shard_size, bool) or not digits:
+        raise ValueError(f'max_shard_size must be a number of bytes or a text such as "5GB", not {max_shard_size!r}')
+    return Files(variant=variant, max_shard_size=int(max_shard_size) if digits[1] is None else max_shard_size)

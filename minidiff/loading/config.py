@@ -8,6 +8,7 @@ that nobody knows is an error too, unless `inert` lists it with the reason why i
 
 import json
 import math
+import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -42,21 +43,27 @@ MAX_LEVELS = 16  # of sizes in a UNet
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises LoadError, with the file's name, if it is anything else."""
+    check_readable(file)
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise LoadError(f"{file}: larger than {MAX_JSON_BYTES} bytes, which no real config is")
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise LoadError(f"{file}: larger than {MAX_JSON_BYTES} bytes, which no real config is")
         value = json.loads(file.read_text(encoding="utf-8"))
-    except LoadError:
-        raise
-    except FileNotFoundError:
-        raise LoadError(f"{file}: no such file") from None
-    except OSError as error:
-        raise LoadError(f"{file}: can't be read: {error}") from None
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
         raise LoadError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise LoadError(f"{file}: must hold an object, not {type(value).__name__}")
     return value
+
+
+def check_readable(file: Path) -> None:
+    """Raises LoadError, which says why, if a file can't be opened."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        why = {FileNotFoundError: "no such file", PermissionError: "permission denied"}.get(type(error), str(error))
+        if file.is_symlink() and not file.exists():
+            why = f"a link to {os.readlink(file)}, which isn't there"
+        raise LoadError(f"{file}: {why}") from None
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -9,16 +9,15 @@ tokenizer/vocab.json, merges.txt, ...
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .component import FORMAT_VERSION, REGISTRY, Component, Model, check_save
+from .component import FORMAT_VERSION, REGISTRY, Component, check_save
 from .config import LoadError, read_json, write_json
-from .save import replacing
+from .model import Model
+from .save import INDEX, replacing
 from .weights import Files, find_weights, wanted
-
-INDEX = "model_index.json"
 
 
 def wanted_by_pipeline(names: list[str], files: Files, given: Collection[str]) -> list[str]:
@@ -48,6 +47,8 @@ def load_components(
         if name.startswith("_") or name in given:
             continue
         if name not in expected:
+            if spec == [None, None]:  # a part that newer pipelines of this name can have, and this one hasn't
+                continue
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
         if name in settings:
             if not isinstance(spec, bool | None):
@@ -67,7 +68,8 @@ def load_components(
             to_read[name] = REGISTRY[spec[1]]
     root = index_file.parent
     at_root = (root / "config.json").exists()  # the DDPM paper's own repositories have no folder for each component
-    folders = {name: root if at_root and not (root / name).is_dir() else root / name for name in to_read}
+    nested = {name for name, cls in to_read.items() if any((root / name / file).exists() for file in cls.files)}
+    folders = {name: root if at_root and name not in nested else root / name for name in to_read}
     models = [name for name, cls in to_read.items() if issubclass(cls, Model)]
     if files.variant and models and not any(find_weights(folders[name], files) for name in models):
         raise LoadError(f"{root}: no component has weights of the variant {files.variant!r}")
@@ -90,22 +92,25 @@ def save_components(
     *,
     variant: str | None = None,
     safe_serialization: bool = True,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Writes a pipeline's folder, which afterwards holds all of it or is as it was. Other files in it stay."""
-    check_save(folder, variant, safe_serialization)
-    index = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION}
+    files = check_save(folder, variant, safe_serialization, max_shard_size or Files().max_shard_size)
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": FORMAT_VERSION, **settings}
+    written: dict[str, Component] = {}
     for name, component in components.items():
-        if component is not None and REGISTRY.get(type(component).__name__) is not type(component):
-            raise TypeError(f"{name} is a {type(component).__name__}, which isn't minidiff's and can't be saved")
-        index[name] = [None, None] if component is None else [component.library, type(component).__name__]
-    written = {name: component for name, component in components.items() if component is not None}
+        index[name] = [None, None]
+        if component is not None:
+            written[name] = component = getattr(component, "_orig_mod", component)  # torch.compile wraps it
+            if REGISTRY.get(type(component).__name__) is not type(component):
+                raise TypeError(f"{name} is a {type(component).__name__}, which isn't minidiff's and can't be saved")
+            index[name] = [component.library, type(component).__name__]
 
-    def replaced(old: Path) -> set[str]:
-        parts = written.items()
-        return {INDEX} | {f"{name}/{file}" for name, part in parts for file in part.replaced(old / name, variant)}
+    def ends(part: Component) -> Callable[[Path], set[str]]:
+        return lambda old: part.replaced(old, files)
 
-    with replacing(Path(folder), replaced) as new:
+    parts = {"": lambda _: set(), **{name: ends(part) for name, part in written.items()}}
+    with replacing(Path(folder), parts) as stages:
         for name, component in written.items():
-            (new / name).mkdir()
-            component.write_to(new / name, variant)
-        write_json(new / INDEX, {**index, **settings})
+            component.write_to(stages[name], files)
+        write_json(stages[""] / INDEX, index)

@@ -1,4 +1,4 @@
-"""From a Hub id, or a path, to a local folder; and the arguments of every `from_pretrained`."""
+"""From a Hub id, or a path, to a local folder."""
 
 import os
 import re
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .config import LoadError
-from .save import displaced
 
 
 def fetch(
@@ -17,7 +16,9 @@ def fetch(
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     token: str | bool | None = None,
-    local_files_only: bool = False,
+    local_files_only: bool | None = False,
+    force_download: bool = False,
+    use_auth_token: str | bool | None = None,
 ) -> Path:
     """The folder `path`, or the local copy of the Hub repository `path`, downloaded if need be.
 
@@ -28,14 +29,14 @@ def fetch(
     """
     check_path(path, "pretrained_model_name_or_path", "a folder or a Hub id")
     folder = Path(path)
-    for place in (folder, displaced(folder)):  # the latter if a save was cut off between its two renames
-        if os.path.isdir(place):  # which says False, unlike Path, where a name is too long
-            return place
+    if os.path.isdir(folder):  # which says False, unlike Path, where a name is too long
+        return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) or os.path.exists(folder):
         raise LoadError(f"{path}: there is no such folder, and it is no Hub id (as in org/name) either")
 
     from huggingface_hub import HfApi, constants, snapshot_download  # takes its time, and most folders are local
 
+    token = use_auth_token if token is None else token  # the older name
     wanted, problem, offline = [first], None, local_files_only or constants.HF_HUB_OFFLINE
     if not offline:
         try:
@@ -43,7 +44,10 @@ def fetch(
             wanted = names([file.rfilename for file in info.siblings])
         except Exception as error:  # no network, no such repository, no permission: the cache may have it all the same
             problem, offline = error, True
-    where = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    if force_download and offline:
+        asked = "local_files_only or HF_HUB_OFFLINE says not to ask"
+        raise LoadError(f"{path}: force_download=True, but it is not to be had from the Hub: {problem or asked}")
+    where = {"revision": revision, "cache_dir": cache_dir, "token": token, "force_download": force_download}
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=offline, **where))
     except Exception as error:  # requests', the cache's and the disk's: huggingface_hub has no one base for them

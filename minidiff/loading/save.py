@@ -1,78 +1,187 @@
-"""Saving: a folder that afterwards holds all of the new, or is as it was. Other files in it stay."""
+"""Saving: a folder that afterwards holds all of the new, or is as it was. Whatever else is in it stays as it is.
 
+Files are renamed within their own directory and nothing else is moved, so a save works wherever one may write:
+
+    unet/.minidiff.saving/config.json    1. new files are written to a place of their own, beside those they'll replace
+    .minidiff.saved                      2. this journal is put down, in one rename: the new files count from here on
+    unet/config.json                     3. they are renamed into place, what ends is removed, and the journal last
+
+Whoever finds a journal, a reader or the next save, first does what is left of step 3. New files without a journal are
+of a save that was cut off in step 1: the next save throws them away. Savers take turns, and wait in step 3 for whoever
+reads just then. Locks are the system's (`flock`), which a process that dies lets go of; Windows has none, there one
+must not save to a folder twice at once.
+"""
+
+import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from .config import LoadError, read_json, write_json
 
-from .config import LoadError
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
+INDEX, STAGE, JOURNAL = "model_index.json", ".minidiff.saving", ".minidiff.saved"
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{file}: can't be written: {error}") from None
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)  # of a file system that hasn't them
 
 
 @contextmanager
-def replacing(folder: Path, own: Callable[[Path], set[str]]) -> Iterator[Path]:
-    """A new folder to write to. When the block ends well it takes the place of `folder`, by two renames.
+def replacing(folder: Path, ends: Mapping[str, Callable[[Path], set[str]]]) -> Iterator[dict[str, Path]]:
+    """Empty places to write to, one for each part of `folder` ("" is the folder itself, "unet" is in it).
 
-    `own(folder)` names the old files that end with this save; all others are carried over, as links where the file
-    system has them. If the block fails, or the process dies in it, `folder` is untouched. If the process dies between
-    the renames, the old folder lies beside, where loading finds it and the next save puts it back.
+    When the block ends well, what was written takes its place in `folder`, and with it end the old files that
+    `ends[part](folder / part)` names. If the block fails, or the process dies in it, `folder` is as it was.
     """
     folder = Path(os.path.realpath(folder))  # a link stays, and what it points to is replaced
-    new, old = folder.with_name(f".{folder.name}.saving"), displaced(folder)
-    if folder.exists() and not folder.is_dir():
-        raise LoadError(f"{folder}: a file of that name is in the way")
-    if old.exists():
-        if folder.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if folder.exists():
-            _carry_over(folder, new, own(folder))
-            folder.rename(old)
-        new.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    stages, journal = {part: folder / part / STAGE for part in ends}, {}
+    with _turn(folder, stages) as made:
+        try:
+            yield stages
+            for part, stage in stages.items():
+                new = {file.name for file in stage.iterdir()}
+                if blocked := [name for name in sorted(new) if (folder / part / name).is_dir()]:
+                    raise LoadError(f"{folder / part / blocked[0]}: a folder of that name is in the way")
+                journal[part] = sorted(ends[part](folder / part) - new)
+            write_json(stages[""] / JOURNAL, journal)
+        except BaseException:
+            _empty(stages)
+            for stage in stages.values():
+                stage.rmdir()
+            for place in reversed(made):
+                with suppress(OSError):  # another save is about to use it
+                    place.rmdir()
+            raise
+        with _locked([folder]), _locked(_places(folder, journal)):
+            os.replace(stages[""] / JOURNAL, folder / JOURNAL)
+            _put_in_place(folder, journal)
 
 
-def displaced(folder: Path) -> Path:
-    """Where the old folder lies in the instant in which a save puts the new one in its place."""
-    folder = Path(os.path.realpath(folder))
-    return folder.parent / f".{folder.name}.replaced"
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Keeps savers waiting before their last step meanwhile, and first does that of one that was cut off."""
+    while folder.is_dir():
+        with _locked([folder], shared=True):
+            index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else {}
+            with _locked(_places(folder, filter(is_plain, index)), shared=True):
+                if not (left := _journals(folder)):
+                    yield
+                    return
+        for place in left:
+            _finish(place)
+    yield  # there is nothing to wait for, and who reads says so
 
 
-def _carry_over(old: Path, new: Path, own: set[str]) -> None:
-    for file in old.rglob("*"):
-        name = file.relative_to(old)
-        target = new / name
-        if name.as_posix() in own or target.exists():
-            continue
-        if file.is_symlink():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(os.readlink(file))
-        elif file.is_dir():
-            target.mkdir(parents=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
+def is_plain(name: object) -> bool:
+    """Whether `name` is that of something beside the file that says so: what folders say is not to be trusted."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {*name} & {"/", "\\", "\0"}
+
+
+def _journals(folder: Path) -> list[Path]:
+    """Where a save that wrote to `folder`, or to a part of it, was cut off in its last step."""
+    parts = [file.parent for file in folder.glob(f"*/{JOURNAL}")]
+    above = [folder.absolute().parent] if os.path.lexists(folder / STAGE) else []  # else it is done with this part
+    return [place for place in (*above, folder, *parts) if os.path.lexists(place / JOURNAL)]
+
+
+@contextmanager
+def _turn(folder: Path, stages: Mapping[str, Path]) -> Iterator[list[Path]]:
+    """Waits until nobody else saves here, and makes the empty `stages`. Yields the folders that it made for them."""
+    places = [stage.parent for stage in stages.values()]
+    taken = None
+    while taken is None:
+        for place in _journals(folder):
+            _finish(place)
+        if denied := [place for place in places if place.exists() and not os.access(place, os.W_OK)]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(denied[0]))
+        made = [place for place in places if not place.exists()]
+        for place in places:
             try:
-                os.link(file, target)
-            except OSError:  # a file system without hard links
-                shutil.copy2(file, target)
+                place.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                raise LoadError(f"{place}: a file of that name is in the way") from None
+        if len({os.path.realpath(place) for place in places}) < len(places):
+            raise LoadError(f"{folder}: two of its parts are links to one folder")
+        taken = _take_turn(folder, stages)
+    with taken:
+        _empty(stages)
+        yield made
+
+
+def _take_turn(folder: Path, stages: Mapping[str, Path]) -> ExitStack | None:
+    """Locks all of `stages`; None if another save, which has ended while this one waited, took one of them away."""
+    with ExitStack() as stack, suppress(FileNotFoundError):
+        for stage in stages.values():
+            stage.mkdir(exist_ok=True)
+        held = stack.enter_context(_locked(stages.values()))
+        # In this order: the last step of a save ends its stages before its journal
+        if not _journals(folder) and all(os.path.samestat(os.fstat(fd), os.stat(at)) for at, fd in held.items()):
+            return stack.pop_all()
+    return None
+
+
+def _empty(stages: Mapping[str, Path]) -> None:
+    for file in (file for stage in stages.values() if stage.exists() for file in stage.iterdir()):
+        shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+
+
+def _finish(folder: Path) -> None:
+    """The last step of a save that was cut off, unless somebody else has done it meanwhile."""
+    with _locked([folder]):
+        if not os.path.lexists(folder / JOURNAL):
+            return
+        journal = read_json(folder / JOURNAL)
+        for part, ends in journal.items():
+            if not (part == "" or is_plain(part)) or not isinstance(ends, list) or not all(map(is_plain, ends)):
+                raise LoadError(f"{folder / JOURNAL}: {part!r}: {ends!r} isn't what a save writes there")
+        with _locked(_places(folder, journal)):
+            _put_in_place(folder, journal)
+
+
+def _put_in_place(folder: Path, journal: Mapping[str, list[str]]) -> None:
+    try:
+        for part, ends in journal.items():
+            place, stage = folder / part, folder / part / STAGE
+            if not stage.is_dir() or stage.is_symlink():  # this part is done. (So no file of elsewhere is touched.)
+                continue
+            for name in ends:
+                (place / name).unlink(missing_ok=True)
+            for file in sorted(stage.iterdir()):
+                os.replace(file, place / file.name)
+            stage.rmdir()
+        (folder / JOURNAL).unlink()
+    except OSError as error:
+        raise LoadError(
+            f"{folder}: a save is complete, but its last step, renaming, can't be done: {error}. The next load or save"
+            " tries again. It may need permission to write there; on Windows, the end of models loaded from there"
+        ) from error
+
+
+def _places(folder: Path, parts: Iterable[str]) -> set[str]:
+    """To lock after the folder itself: in this order everywhere, so that nobody waits in a circle."""
+    inside = {os.path.realpath(folder / part) for part in parts if (folder / part).is_dir()}
+    return inside - {os.path.realpath(folder)}
+
+
+@contextmanager
+def _locked(places: Iterable[str | Path], shared: bool = False) -> Iterator[dict[str, int]]:
+    """Waits for the system's locks of folders and holds them: one alone, or with others who share them."""
+    with ExitStack() as stack:
+        held: dict[str, int] = {}
+        for place in sorted(map(os.path.realpath, places)) if fcntl else ():
+            try:
+                held[place] = os.open(place, os.O_RDONLY)
+            except PermissionError:
+                raise LoadError(f"{place}: permission denied") from None
+            stack.callback(os.close, held[place])
+            try:
+                fcntl.flock(held[place], fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+        yield held

@@ -1,43 +1,48 @@
-"""Files of weights: which ones a component's folder has, and their tensors under our names.
+"""Files of weights: which ones a component's folder has, and their tensors, there and back under our names.
 
-    diffusion_pytorch_model.safetensors    whole, or in shards with an index; text encoders: model.safetensors
-    diffusion_pytorch_model.fp16.safetensors                     a variant
-    diffusion_pytorch_model.bin            pickles, read through `weights_only`: no code in them is run
+    diffusion_pytorch_model.safetensors              text encoders: model.safetensors
+    diffusion_pytorch_model.fp16.safetensors         a variant
+    diffusion_pytorch_model-00001-of-00002.safetensors, ...          in shards, with
+    diffusion_pytorch_model.safetensors.index.json                   the index that says what is where
+    diffusion_pytorch_model.bin                      pickles, read through `weights_only`: no code in them is run
 
 Weights are mapped into memory, not copied: a tensor is read from the disk when it is first used.
 """
 
+import os
 import re
-import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weights_compat.rules import Table
 
-from .config import LoadError, read_json
+from .config import LoadError, read_json, write_json
+from .save import is_plain
+from .tensors import read_tensors, to_hub, to_ours, write_tensors
 
 
 class Files(NamedTuple):
-    """Which of a folder's files to read, and as what: the fields are arguments of `from_pretrained`."""
+    """Which of a folder's files to read or write, and as what: the fields are arguments of `from_pretrained` and
+    `save_pretrained`. A dtype of None is that of the files."""
 
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = torch.float32
     variant: str | None = None
     use_safetensors: bool | None = None
+    max_shard_size: int | str = "10GB"
 
 
-def which_files(dtype: torch.dtype | None, variant: str | None, use_safetensors: bool | None) -> Files:
+def which_files(dtype: torch.dtype | str | None, variant: str | None, use_safetensors: bool | None) -> Files:
     """Checks these arguments of `from_pretrained`. Raises ValueError or TypeError."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype or None, not {dtype!r}")
+    if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f'dtype must be a floating-point torch.dtype, "auto" or None, not {dtype!r}')
     if use_safetensors not in (None, True, False):
         raise TypeError(f"use_safetensors must be True, False or None, not {use_safetensors!r}")
     check_variant(variant)
-    return Files(dtype or torch.float32, variant, use_safetensors)
+    return Files(None if dtype == "auto" else dtype or torch.float32, variant, use_safetensors)
 
 
 def check_variant(variant: str | None) -> None:
@@ -60,7 +65,7 @@ def candidates(files: Files) -> Iterator[str]:
 
 def find_weights(folder: Path, files: Files) -> Path | None:
     """The file of a component's weights, or the index of its shards; None if it has neither."""
-    return next((folder / name for name in candidates(files) if (folder / name).exists()), None)
+    return next((folder / name for name in candidates(files) if os.path.lexists(folder / name)), None)
 
 
 def wanted(names: list[str], folder: str, files: Files, small: Collection[str]) -> list[str]:
@@ -69,17 +74,27 @@ def wanted(names: list[str], folder: str, files: Files, small: Collection[str]) 
     Without weights of the variant, the others.
     """
     inside = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == (folder or ".")]
-    chosen = [file for file in inside if file.name in small]
     here = {file.name: file for file in inside}
     first = next((name for name in candidates(files) if name in here), None)
     if first is None and files.variant:
         return wanted(names, folder, files._replace(variant=None), small)
-    if first is not None:
-        chosen.append(here[first])
-    if first is not None and ".index." in first:
-        stem, suffix = first.split(".")[:2]
-        chosen += [file for file in inside if re.fullmatch(rf"{stem}.*-\d+-of-\d+.*\.{suffix}", file.name)]
-    return [str(file) for file in chosen]
+    chosen = {*small, first, *(shards(here, first, files) if first and ".index." in first else ())}
+    return [str(file) for file in inside if file.name in chosen]
+
+
+def replaced(folder: Path, files: Files, small: Collection[str]) -> set[str]:
+    """The files in a component's folder that a save of this variant ends: every one that stands for the new ones."""
+    names = [file.name for file in folder.iterdir() if not file.is_dir()] if folder.is_dir() else []
+    old = {name for name in candidates(files) if name in names}
+    return {*small} & {*names} | old | {shard for index in old for shard in shards(names, index, files)}
+
+
+def shards(names: Iterable[str], index: str, files: Files) -> list[str]:
+    """Of `names`, the shards that belong to an index; the variant stands before their number or after it."""
+    stem, suffix = index.split(".")[:2]
+    dot = rf"\.{files.variant}" if files.variant else ""
+    number = r"-\d+-of-\d+"
+    return [name for name in names if re.fullmatch(rf"{stem}({dot}{number}|{number}{dot})\.{suffix}", name)]
 
 
 def read_weights(
@@ -94,27 +109,50 @@ def read_weights(
             f" It holds {', '.join(others) or 'no weight files at all'}"
         )
     tensors: dict[str, Tensor] = {}
+    dtype = files.dtype
     for part in _shards(file) if ".index." in file.name else [file]:
-        read = _read_safetensors if part.suffix == ".safetensors" else _read_pickle
-        for name, tensor in read(part):
+        for name, tensor in read_tensors(part):
             if table.is_ignored(name):
                 continue
-            ours = table.ours(name)
-            if ours not in shapes:
-                raise LoadError(f"{part}: the tensor {name} has no place in {owner} with this config")
-            if ours in tensors:
-                raise LoadError(f"{part}: the tensor {name} comes twice, under two names or in two files")
-            if tensor.shape != shapes[ours]:
-                raise LoadError(
-                    f"{part}: the tensor {name} has shape {tuple(tensor.shape)}; config.json makes it"
-                    f" {tuple(shapes[ours])}"
-                )
             if not tensor.is_floating_point():
                 raise LoadError(f"{part}: the tensor {name} is {tensor.dtype}, not a floating-point type")
-            tensors[ours] = tensor.to(files.dtype)  # no copy if it is that already
+            dtype = dtype or tensor.dtype
+            for ours, change in table.places(name) or [(name, "same")]:
+                if ours not in shapes:
+                    raise LoadError(f"{part}: the tensor {name} has no place in {owner} with this config")
+                if ours in tensors:
+                    raise LoadError(f"{part}: the tensor {name} comes twice, under two names or in two files")
+                changed = to_ours(change, tensor)
+                if changed.shape != shapes[ours]:
+                    made = f"; config.json makes it {tuple(shapes[ours])}"
+                    raise LoadError(f"{part}: the tensor {name} has shape {tuple(changed.shape)}{made}")
+                tensors[ours] = changed.to(dtype)  # no copy if it is that already
     if missing := [name for name in shapes if name not in tensors]:
         raise LoadError(f"{file}: {len(missing)} tensors are missing, the first is {table.hub(missing[0])}")
     return tensors
+
+
+def write_weights(tensors: Mapping[str, Tensor], stem: str, folder: Path, files: Files, table: Table) -> None:
+    """Writes `tensors`, which have our names, under the Hub's: one file, or shards of `max_shard_size` and an index."""
+    from huggingface_hub import split_torch_state_dict_into_shards  # takes its time, and most runs save nothing
+
+    parts: dict[str, dict[str, Tensor]] = {}
+    for ours, tensor in tensors.items():
+        hub, change = table.origin(ours)
+        parts.setdefault(hub, {})[change] = tensor.detach()
+    whole, places = {}, set()
+    for hub, changed in parts.items():
+        tensor = to_hub(changed).contiguous()
+        whole[hub] = tensor.clone() if tensor.data_ptr() in places else tensor  # files have no ties
+        places.add(tensor.data_ptr())
+    dot = f".{files.variant}" if files.variant else ""
+    pattern = f"{stem}{dot}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(whole, filename_pattern=pattern, max_shard_size=files.max_shard_size)
+    for name, inside in split.filename_to_tensors.items():
+        write_tensors(folder / name, {hub: whole[hub] for hub in inside})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index{dot}.json", index)
 
 
 def _shards(index_file: Path) -> list[Path]:
@@ -122,31 +160,8 @@ def _shards(index_file: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise LoadError(f"{index_file}: weight_map must give a file name for each tensor")
     for name in weight_map.values():
-        if name != PurePosixPath(name).name or "\\" in name:  # the folder is the border
+        if not is_plain(name):  # the folder is the border
             raise LoadError(f"{index_file}: weight_map names {name!r}, which isn't a file beside it")
-        if not (index_file.parent / name).exists():
+        if not os.path.lexists(index_file.parent / name):
             raise LoadError(f"{index_file.parent / name}: no such file, though {index_file.name} names it")
     return [index_file.parent / name for name in dict.fromkeys(weight_map.values())]
-
-
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name, tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise LoadError(f"{file}: not a whole safetensors file: {error}") from None
-
-
-def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
-    try:  # weights_only: no code in the file is run. Only torch's present format, a zip, can be mapped
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # pickle, zip and torch each have their own, and any byte of the file can be wrong
-        problem = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LoadError(f"{file}: can't be read as a file of weights alone: {problem}") from None
-    if not isinstance(tensors, dict):
-        raise LoadError(f"{file}: must hold a dictionary of tensors, not {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor")
-        yield name, tensor

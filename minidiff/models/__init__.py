@@ -1,5 +1,6 @@
 """The networks, and the tokenizer. Each file is read from top to bottom, blocks first."""
 
+from ..missing import getter
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
 from .tokenizer import CLIPTokenizer
 from .unet import UNet2DConditionModel, UNet2DModel
@@ -13,3 +14,4 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DModel",
 ]
+__getattr__ = getter(__name__, __all__)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from weights_compat.clip import CLIP_TEXT
 
-from ..loading.component import Model, check_tensors
+from ..loading.component import check_tensors
 from ..loading.config import Config, Depth, Width
+from ..loading.model import Model
+from ..outputs import output
 from .unet import Attention
 
 
@@ -54,6 +56,7 @@ class Layer(nn.Module):
         return x + self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
 
 
+@output
 class TextOutput(NamedTuple):
     """`last_hidden_state` (B, L, hidden_size) after the last norm; `pooler_output` (B, hidden_size), its value at the
     end of the text; `hidden_states`, if asked for: the embeddings and each layer's output, before the last norm."""
@@ -63,6 +66,7 @@ class TextOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+@output
 class ProjectedTextOutput(NamedTuple):
     """`text_embeds` (B, projection_dim): the pooled state in the space that texts and pictures share."""
 
@@ -117,8 +121,10 @@ class CLIPTextModel(Model):
             low, high = input_ids.min().item(), input_ids.max().item()
             if low < 0 or high >= c.vocab_size:
                 raise ValueError(f"input_ids are {low}..{high}; this text encoder knows 0..{c.vocab_size - 1}")
-        L = input_ids.shape[1]
-        x = self.token_embedding(input_ids) + self.position_embedding.weight[:L]  # (B, L, hidden_size)
+            self._check_ends(input_ids)
+        B, L = input_ids.shape
+        places = torch.arange(L, device=input_ids.device)
+        x = self.token_embedding(input_ids) + self.position_embedding(places)  # (B, L, hidden_size)
         mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()  # causal: row i sees columns up to i
         if attention_mask is not None:
             check_tensors(attention_mask=attention_mask)
@@ -127,14 +133,26 @@ class CLIPTextModel(Model):
             mask = mask & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
         states = [x]
         for layer in self.layers:
-            x = layer(x, mask)
+            x = self.through(layer, x, mask)
             states.append(x)
         x = self.final_layer_norm(x)
         # Configs from before 2023 say 2, which was never true: there the end of text is the largest id. Where new
         # tokens were added above it, the config names the right one
         is_end = input_ids if c.eos_token_id == 2 else (input_ids == c.eos_token_id).int()
-        pooled = x[torch.arange(len(x), device=x.device), is_end.argmax(dim=-1)]
+        pooled = x[torch.arange(B, device=x.device), is_end.argmax(dim=-1)]
         return TextOutput(x, pooled, tuple(states) if output_hidden_states else None)
+
+    def _check_ends(self, input_ids: Tensor) -> None:
+        """Raises a ValueError where a text has no end: the start's state, which has seen nothing, would be pooled."""
+        end = self.config.eos_token_id
+        if end == 2:  # the end is the largest id then. The next one below is the start's
+            endless = (input_ids[:, 1:] < input_ids[:, :1]).all(dim=1) & (input_ids.shape[1] > 1)
+        else:
+            endless = (input_ids != end).all(dim=1)
+        if endless.any():
+            which = "the largest id" if end == 2 else f"eos_token_id={end}"
+            rows = endless.nonzero().flatten().tolist()
+            raise ValueError(f"input_ids has no end-of-text token ({which}) in the texts {rows}: a tokenizer adds it")
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
@@ -152,12 +170,20 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
 
 # Keys that real checkpoints hold at one value alone, and those that change nothing
-CLIPTextConfig.fixed = {"attention_dropout": 0, "dropout": 0}
+CLIPTextConfig.fixed = {
+    "attention_dropout": 0,
+    "dropout": 0,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+}
 CLIPTextConfig.inert = {
     **dict.fromkeys(
         ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
         "describes the file, not the network",
     ),
+    **dict.fromkeys(("id2label", "label2id", "problem_type"), "a classifier's"),
     **dict.fromkeys(("initializer_factor", "initializer_range"), "the first weights of a new model"),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), "the tokenizer holds the ids of these tokens"),
 }

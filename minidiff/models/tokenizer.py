@@ -8,6 +8,7 @@ The `tokenizers` library does that work; this file reads and writes the Hub's fo
 
 import json
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from ..loading.component import Component
-from ..loading.config import Config, ConfigError, LoadError, read_json
+from ..loading.config import Config, ConfigError, LoadError, check_readable, read_json
 from ..loading.weights import Files
 
 # A word: a special token, the end of a contraction, letters, ONE digit, or a run of other signs.
@@ -266,7 +267,7 @@ class CLIPTokenizer(Component):
         Raises LoadError for a file, ConfigError for a key; the message names it.
         """
         file = folder / "tokenizer.json"
-        if file.exists():  # the reference prefers it too
+        if os.path.lexists(file):  # the reference prefers it too
             vocab, merges, added = _read_tokenizer(file)
         else:
             file = folder / "vocab.json"
@@ -275,9 +276,9 @@ class CLIPTokenizer(Component):
             vocab, added = read_json(file), {}
         config = _read_config(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # else it replaces the other two files
-            if (special_file := folder / "special_tokens_map.json").exists():
+            if os.path.lexists(special_file := folder / "special_tokens_map.json"):
                 config |= _read_config(special_file)
-            if (added_file := folder / "added_tokens.json").exists():
+            if os.path.lexists(added_file := folder / "added_tokens.json"):
                 special = {str(_token(key, config[key])) for key in SPECIAL if key in config}
                 added = {**_read_added_tokens(added_file, special), **added}
             config["added_tokens_decoder"] = added
@@ -286,7 +287,7 @@ class CLIPTokenizer(Component):
         except ValueError as error:
             raise LoadError(f"{file}: {error}") from None
 
-    def write_to(self, folder: Path, variant: str | None = None) -> None:
+    def write_to(self, folder: Path, files: Files | None = None) -> None:
         """Writes the files of transformers 4 and of 5."""
         self._backend.model.save(str(folder))  # vocab.json, merges.txt
         self._backend.save(str(folder / "tokenizer.json"))
@@ -304,9 +305,10 @@ class CLIPTokenizer(Component):
 
 
 def _read_text(file: Path) -> str:
+    check_readable(file)
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise LoadError(f"{file} can't be read: {error}") from None
 
 

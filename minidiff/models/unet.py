@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D, UNET_2D_CONDITION
 
-from ..loading.component import Model
 from ..loading.config import MAX_LEVELS, Config, Depth, Width
+from ..loading.model import Model
+from ..outputs import output
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -84,10 +85,11 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
+        self.padding = padding
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -166,22 +168,21 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         # A 1x1 convolution and a linear layer over tokens are the same map: SD 1 has the first, SD 2 and XL the second
+        self.linear = linear
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        linear = isinstance(self.proj_in, nn.Linear)
         h = self.norm(x)
-        h = h if linear else self.proj_in(h)
+        h = h if self.linear else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
-        h = self.proj_in(h) if linear else h
+        h = self.proj_in(h) if self.linear else h
         for block in self.blocks:
             h = block(h, context)
-        h = self.proj_out(h) if linear else h
-        h = h.transpose(1, 2).reshape(B, C, H, W)
-        return x + (h if linear else self.proj_out(h))
+        h = self.proj_out(h) if self.linear else h
+        h = h.transpose(1, 2).reshape(x.shape)
+        return x + (h if self.linear else self.proj_out(h))
 
 
 class DownBlock(nn.Module):
@@ -246,6 +247,7 @@ class UpBlock(nn.Module):
         return x if self.upsample is None else self.upsample(x, size)
 
 
+@output
 class UNetOutput(NamedTuple):
     """`sample`: what the network predicts, (B, out_channels, H, W)."""
 
@@ -402,9 +404,10 @@ class UNet(Model, abstract=True):
         if not isinstance(timestep, Tensor | numbers.Real):
             raise TypeError(f"timestep must be a number or a tensor, but is {timestep!r}")
         t = torch.as_tensor(timestep, device=sample.device)
-        if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(sample))):
+        B = sample.shape[0]  # `len` would fix the number of samples where the network is exported
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, B)):
             raise ValueError(f"timestep has shape {tuple(t.shape)}; it must be one number or one for each sample")
-        t = t.reshape(-1).expand(len(sample))
+        t = t.reshape(-1).expand(B)
         waves = timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         return self.time_mlp(waves.to(sample.dtype))  # waves are float32; the network may not be
 
@@ -448,7 +451,9 @@ class UNet2DModel(UNet):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: None = None, return_dict: bool = True
     ) -> UNetOutput | tuple[Tensor]:
-        """`sample` (B, in_channels, H, W) at `timestep`, a number or (B,) -> `.sample` (B, out_channels, H, W).
+        """`sample` (B, in_channels, H, W) at `timestep`, () or (B,) -> `.sample` (B, out_channels, H, W).
+
+        `timestep` may be a number too; a compiled network is compiled anew for each of those, but not for tensors.
 
         H and W must be multiples of 2 ** (levels - 1), for the skip connections to meet. `class_labels` has its
         place in the reference's signature; no supported checkpoint has classes.
@@ -491,7 +496,7 @@ class UNet2DConditionModel(UNet):
             raise ValueError("added_cond_kwargs must hold text_embeds (batch, n) and time_ids (batch, 6) for this UNet")
         waves = timestep_embedding(
             added["time_ids"].flatten(), c.addition_time_embed_dim, c.flip_sin_to_cos, c.freq_shift
-        ).reshape(len(sample), -1)  # (B * 6, n) -> (B, 6 * n)
+        ).reshape(sample.shape[0], -1)  # (B * 6, n) -> (B, 6 * n)
         joined = torch.cat([added["text_embeds"], waves.to(added["text_embeds"].dtype)], dim=-1)
         if joined.shape[-1] != c.projection_class_embeddings_input_dim:
             raise ValueError(
@@ -508,19 +513,27 @@ class UNet2DConditionModel(UNet):
         *,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         return_dict: bool = True,
+        **others: None,
     ) -> UNetOutput | tuple[Tensor]:
-        """`sample` (B, in_channels, H, W) at `timestep`, a number or (B,), with `encoder_hidden_states`
+        """`sample` (B, in_channels, H, W) at `timestep`, () or (B,), with `encoder_hidden_states`
         (B, L, cross_attention_dim) -> `.sample` (B, out_channels, H, W), any H and W.
 
-        `added_cond_kwargs` (XL alone): `text_embeds` (B, n) and `time_ids` (B, 6).
+        `timestep` may be a number too; a compiled network is compiled anew for each of those, but not for tensors.
+        `added_cond_kwargs` (XL alone): `text_embeds` (B, n) and `time_ids` (B, 6). `others`: arguments of the
+        reference that must be None here; an error says why.
         """
         self.check(sample)
+        for name, value in others.items():
+            if name not in REFUSED:
+                raise TypeError(f"{name} is no argument of UNet2DConditionModel")
+            if value is not None:
+                raise ValueError(f"{name} must be None: {REFUSED[name]}")
         states = encoder_hidden_states
         self.check_inputs(encoder_hidden_states=states)
-        if states.ndim != 3 or len(states) != len(sample) or states.shape[-1] != self.config.cross_attention_dim:
+        B, dim = sample.shape[0], self.config.cross_attention_dim
+        if states.ndim != 3 or states.shape[0] != B or states.shape[-1] != dim:
             raise ValueError(
-                f"encoder_hidden_states has shape {tuple(states.shape)}; this UNet takes"
-                f" ({len(sample)}, length, {self.config.cross_attention_dim})"
+                f"encoder_hidden_states has shape {tuple(states.shape)}; this UNet takes ({B}, length, {dim})"
             )
         temb = self.embed_timestep(sample, timestep)
         if self.config.addition_embed_type == "text_time":
@@ -530,6 +543,12 @@ class UNet2DConditionModel(UNet):
 
 
 # Keys that real checkpoints hold at one value alone
+
+# What the training scripts' averaged copies (`EMAModel`) note in their config.json
+AVERAGED = dict.fromkeys(
+    ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"),
+    "documents how the weights were averaged",
+)
 
 UNetConfig.fixed = {
     "center_input_sample": False,
@@ -549,7 +568,7 @@ UNet2DConfig.fixed = UNetConfig.fixed | {
     "attn_norm_num_groups": None,
     "mid_block_type": "UNetMidBlock2D",
 }
-UNet2DConfig.inert = {"num_train_timesteps": "documents the training; the network doesn't read it"}
+UNet2DConfig.inert = AVERAGED | {"num_train_timesteps": "documents the training; the network doesn't read it"}
 
 UNet2DConditionConfig.fixed = UNetConfig.fixed | {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -571,4 +590,18 @@ UNet2DConditionConfig.fixed = UNetConfig.fixed | {
     "conv_out_kernel": 3,
     "class_embeddings_concat": False,
 }
-UNet2DConditionConfig.inert = {"addition_embed_type_num_heads": 'read for an addition_embed_type of "text" alone'}
+UNet2DConditionConfig.inert = AVERAGED | {
+    "addition_embed_type_num_heads": 'read for an addition_embed_type of "text" alone',
+}
+
+# Arguments of the reference's UNet2DConditionModel that do nothing here
+REFUSED = {
+    "class_labels": "no supported UNet2DConditionModel is conditioned on classes",
+    "timestep_cond": "no supported UNet2DConditionModel has a time_cond_proj_dim",
+    "attention_mask": "it hides pixels from one another, which no pipeline of Stable Diffusion does",
+    "encoder_attention_mask": "the UNets were trained on states that see the padding; shorten the states",
+    "cross_attention_kwargs": "there are no attention processors; hooks or subclassed modules change the attention",
+    "down_block_additional_residuals": "this UNet takes no other network's residuals",
+    "mid_block_additional_residual": "this UNet takes no other network's residuals",
+    "down_intrablock_additional_residuals": "this UNet takes no other network's residuals",
+}

@@ -4,20 +4,31 @@ A picture of 512 x 512 x 3 numbers becomes latents of 64 x 64 x 4, in which the 
 blocks, without timesteps and without skip connections.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weights_compat.vae import AUTOENCODER_KL
 
-from ..loading.component import Model
 from ..loading.config import MAX_LEVELS, Config, Depth, Width
+from ..loading.model import Model
 from ..noise import Generators, randn_tensor
-from .unet import Downsample, MidBlock, PixelAttention, ResnetBlock, Upsample
+from ..outputs import output
+from .tiling import in_tiles
+from .unet import AVERAGED, Downsample, MidBlock, PixelAttention, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks have 1e-5
+
+
+Through = Callable[[nn.Module, Tensor], Tensor]  # calls a level: as it is, or checkpointed
+
+
+def call(level: nn.Module, x: Tensor) -> Tensor:
+    return level(x)
 
 
 class Level(nn.Module):
@@ -54,10 +65,10 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, through: Through = call) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level(x)
+            x = through(level, x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -76,10 +87,10 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, through: Through = call) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in self.up:
-            x = level(x)
+            x = through(level, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -105,14 +116,21 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal, (B,) (Auto-encoding variational Bayes, appendix B)."""
-        return 0.5 * (self.mean**2 + self.var - 1 - self.logvar).sum(dim=(1, 2, 3))
+        """Divergence from the standard normal, (B,) (Auto-encoding variational Bayes, appendix B).
+
+        float32 at least: a sum over all latents is beyond the 65504 of float16.
+        """
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
+        return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3))
 
 
+@output
 class EncoderOutput(NamedTuple):
     latent_dist: DiagonalGaussianDistribution
 
 
+@output
 class DecoderOutput(NamedTuple):
     sample: Tensor
 
@@ -152,10 +170,15 @@ class AutoencoderKL(Model):
     """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
 
     The latents come as the encoder makes them; pipelines apply `config.scaling_factor` and `config.shift_factor`.
+
+    `enable_slicing` takes one picture after another, `enable_tiling` one tile (see tiling.py): less memory for a batch,
+    and for a large picture. A tile is `tile_sample_min_size` pixels or `tile_latent_min_size` latents wide and high.
     """
 
     Config = AutoencoderConfig
     table = AUTOENCODER_KL
+    use_slicing = use_tiling = False
+    tile_overlap_factor = 0.25
 
     def build(self, c: AutoencoderConfig) -> None:
         self.encoder = Encoder(c)
@@ -163,30 +186,71 @@ class AutoencoderKL(Model):
         n = c.latent_channels
         self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if c.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n, n, 1) if c.use_post_quant_conv else nn.Identity()
+        self.tile_sample_min_size = c.sample_size[0] if isinstance(c.sample_size, tuple) else c.sample_size
+        self.tile_latent_min_size = self.tile_sample_min_size // self.factor
 
     @property
     def factor(self) -> int:
         """How many pixels a latent number spans, in height and in width."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
+    def enable_slicing(self) -> None:
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussianDistribution]:
         """Picture (B, in_channels, H, W) -> `.latent_dist` over (B, latent_channels, H / factor, W / factor)."""
         self._check(x, "x", self.config.in_channels)
-        if min(x.shape[2:]) < self.factor:
-            raise ValueError(f"x has shape {tuple(x.shape)}; height and width must be at least {self.factor}")
-        posterior = DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        H, W = x.shape[2:]
+        if H % self.factor or W % self.factor:
+            fits = f"{H - H % self.factor} x {W - W % self.factor}"
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; height and width must be multiples of {self.factor}. Crop or resize it,"
+                f" to {fits} for example (VaeImageProcessor does that)"
+            )
+        tiles = self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor, 1 / self.factor
+        moments = self._in_parts(lambda part: self.quant_conv(self.encoder(part, self.through)), x, tiles)
+        posterior = DiagonalGaussianDistribution(moments)
         return EncoderOutput(posterior) if return_dict else (posterior,)
 
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, latent_channels, h, w) -> `.sample` (B, out_channels, h * factor, w * factor)."""
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: Generators = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, latent_channels, h, w) -> `.sample` (B, out_channels, h * factor, w * factor).
+
+        `generator` has its place in the reference's signature; this decoder draws nothing.
+        """
         self._check(z, "z", self.config.latent_channels)
-        picture = self.decoder(self.post_quant_conv(z))
+        tiles = self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor, self.factor
+        picture = self._in_parts(lambda part: self.decoder(self.post_quant_conv(part), self.through), z, tiles)
         return DecoderOutput(picture) if return_dict else (picture,)
 
-    def forward(self, sample: Tensor, sample_posterior: bool = False, generator: Generators = None) -> DecoderOutput:
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: Generators = None,
+    ) -> DecoderOutput | tuple[Tensor]:
         """Through the encoder and back: from a sample of the latents, or from their mode."""
         posterior = self.encode(sample).latent_dist
-        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode())
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
+
+    def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, tiles: tuple) -> Tensor:
+        """`network(x)`, picture by picture and tile by tile where that is asked for. `tiles`: see `in_tiles`."""
+        if self.use_slicing and x.shape[0] > 1:
+            return torch.cat([self._in_parts(network, one, tiles) for one in x.split(1)])
+        if self.use_tiling and max(x.shape[2:]) > tiles[0]:
+            return in_tiles(network, x, *tiles)
+        return network(x)
 
     def _check(self, x: Tensor, name: str, channels: int) -> None:
         self.check_inputs(**{name: x})
@@ -195,4 +259,5 @@ class AutoencoderKL(Model):
 
 
 # Keys that real checkpoints hold at one value alone
+AutoencoderConfig.inert = AVERAGED
 AutoencoderConfig.fixed = {"act_fn": "silu", "latents_mean": None, "latents_std": None}

@@ -8,12 +8,13 @@ from ..images import check_output_type, to_output
 from ..models import UNet2DModel
 from ..noise import Generators, randn_tensor
 from ..schedulers import DDIMScheduler, PNDMScheduler
-from ..schedulers.base import Scheduler
-from .base import DiffusionPipeline, ImageOutput, check_finite
+from ..schedulers.base import Sampler, as_integer
+from .base import DiffusionPipeline, ImageOutput
+from .denoise import denoise, plan
 
 
 class UnconditionalPipeline(DiffusionPipeline):
-    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+    def __init__(self, unet: UNet2DModel, scheduler: Sampler):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     def sample(
@@ -28,21 +29,23 @@ class UnconditionalPipeline(DiffusionPipeline):
     ) -> ImageOutput | tuple:
         """Draws noise and denoises it; `step_options` go to the scheduler's `step`."""
         check_output_type(output_type, ("pil", "np", "pt"))
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a positive integer")
+        batch_size = as_integer(batch_size, "batch_size")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more")
         config = self.unet.config
+        if output_type == "pil" and config.out_channels not in (1, 3, 4):
+            raise ValueError(f'output_type="pil" takes 1, 3 or 4 channels; this unet makes {config.out_channels}: "pt"')
         if config.sample_size is None:
             raise ValueError("the unet's config has no sample_size, so the size of the pictures isn't known")
         size = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,) * 2
-        self.scheduler.set_timesteps(num_inference_steps)
-        sample = randn_tensor((batch_size, config.in_channels, *size), generator, self.device, self.unet.dtype)
-        timesteps, finite = self.scheduler.timesteps.tolist(), []
-        for t in self.progress_bar(timesteps):
-            eps = self.unet(sample, t).sample
-            sample = self.scheduler.step(eps, t, sample, **step_options).prev_sample
-            finite.append(sample.isfinite().all())
-        check_finite(finite, timesteps)
-        output = ImageOutput(to_output(sample, output_type))
+        with self.running() as run:
+            timesteps = plan(run.scheduler, num_inference_steps, None, None)
+            run._num_timesteps = len(timesteps)
+            shape = (batch_size, config.in_channels, *size)
+            sample = randn_tensor(shape, generator, run._execution_device, run.unet.dtype)
+            sample = denoise(run, {"latents": sample}, timesteps, **step_options)
+            images = to_output(sample, output_type)
+        output = ImageOutput(images)
         return output if return_dict else tuple(output)
 
 
@@ -65,7 +68,7 @@ class DDPMPipeline(UnconditionalPipeline):
 class DDIMPipeline(UnconditionalPipeline):
     """Denoising diffusion implicit models (Song et al., arXiv 2010.02502): the DDPM's network, in fewer steps."""
 
-    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+    def __init__(self, unet: UNet2DModel, scheduler: Sampler):
         super().__init__(unet, scheduler)
         self.scheduler = DDIMScheduler.from_config(scheduler.config)  # folders often hold DDPM's
 
@@ -88,7 +91,7 @@ class DDIMPipeline(UnconditionalPipeline):
 class PNDMPipeline(UnconditionalPipeline):
     """Pseudo numerical methods for diffusion models on manifolds (Liu et al., arXiv 2202.09778), algorithm 2."""
 
-    def __init__(self, unet: UNet2DModel, scheduler: Scheduler):
+    def __init__(self, unet: UNet2DModel, scheduler: Sampler):
         super().__init__(unet, scheduler)
         self.scheduler = PNDMScheduler.from_config(scheduler.config)  # folders often hold DDPM's
 

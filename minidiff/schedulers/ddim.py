@@ -37,6 +37,7 @@ class DDIMScheduler(Scheduler):
         """Plans `num_inference_steps` steps, at most `num_train_timesteps`."""
         grid = self._spaced(num_inference_steps).round().astype("int64")
         self._check_signal(grid)
+        self._check_noise(grid)
         self._begin(grid, device)
         self.num_inference_steps = len(self.timesteps)
 
@@ -68,17 +69,21 @@ class DDIMScheduler(Scheduler):
         if use_clipped_model_output:
             eps = (sample - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
 
-        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-        sigma = eta * variance**0.5
-        remaining = 1 - alpha_bar_prev - sigma**2
-        if remaining < -1e-6:
-            raise ValueError(f"eta={eta} is too large at timestep {t}: it asks for more noise than x_(t-1) has")
-        remaining = remaining.clamp(min=0)  # rounding can leave a hair below 0 where eta is 1
-
+        sigma, remaining = share_noise(eta, t, alpha_bar, alpha_bar_prev)
         prev_sample = alpha_bar_prev**0.5 * x0 + remaining**0.5 * eps
         if eta > 0:
             prev_sample = prev_sample + sigma * _noise(model_output, generator, variance_noise)
         return self._leave(prev_sample, x0, return_dict)
+
+
+def share_noise(eta: float, t: int, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor]:
+    """sigma, eq. 16: the deviation of a step's new noise; and the variance that remains for eps."""
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    sigma = eta * variance**0.5
+    remaining = 1 - alpha_bar_prev - sigma**2
+    if remaining < -1e-6:
+        raise ValueError(f"eta={eta} is too large at timestep {t}: it asks for more noise than x_(t-1) has")
+    return sigma, remaining.clamp(min=0)  # rounding can leave a hair below 0 where eta is 1
 
 
 def _noise(like: Tensor, generator: Generators, given: Tensor | None) -> Tensor:

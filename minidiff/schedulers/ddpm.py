@@ -1,7 +1,7 @@
 """DDPM: Denoising Diffusion Probabilistic Models (Ho et al., arXiv 2006.11239)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
@@ -13,13 +13,12 @@ from ..noise import Generators, randn_tensor
 from .base import Scheduler, SchedulerConfig, Spacing, StepOutput
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class DDPMConfig(SchedulerConfig):
     """The keys of DDPMScheduler."""
 
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = field(
-        default="linear", kw_only=False
-    )
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
+    _: KW_ONLY
     variance_type: (  # null comes from DPM-Solver's files, and is read as fixed_small
         Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
     ) = "fixed_small"
@@ -53,6 +52,7 @@ class DDPMScheduler(Scheduler):
         else:
             grid = self._listed(timesteps)
         self._check_signal(grid)
+        self._check_noise(grid)
         self._begin(grid, device)
         self.num_inference_steps = len(grid)
 

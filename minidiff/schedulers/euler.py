@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..loading.config import Range
 from ..noise import Generators, randn_tensor
-from .base import StepOutput
+from .base import Scheduler, StepOutput
 from .sigma import KarrasConfig, SigmaScheduler
 
 
@@ -17,11 +19,16 @@ class EulerDiscreteConfig(KarrasConfig):
     """The keys of EulerDiscreteScheduler."""
 
     interpolation_type: Literal["linear", "log_linear"] = "linear"
-    sigma_min: float | None = None  # the ends of the grids that are spaced in sigma
-    sigma_max: float | None = None
-    timestep_type: Literal["discrete", "continuous"] = "discrete"
+    sigma_min: Annotated[float, Range(1e-6, 1e6)] | None = None  # the ends of the grids that are spaced in sigma
+    sigma_max: Annotated[float, Range(1e-6, 1e6)] | None = None
+    timestep_type: Literal["discrete", "continuous"] = "discrete"  # of v_prediction: log(sigma) / 4, as EDM's models
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+
+    def __post_init__(self):
+        super().__post_init__()
+        ordered = None in (self.sigma_min, self.sigma_max) or self.sigma_min < self.sigma_max
+        self.require(ordered, "sigma_min", f"be less than sigma_max={self.sigma_max}")
 
 
 class EulerDiscreteScheduler(SigmaScheduler):
@@ -37,7 +44,17 @@ class EulerDiscreteScheduler(SigmaScheduler):
         sigmas: Sequence[float] | None = None,
     ) -> None:
         """Plans `num_inference_steps` steps, or the `timesteps`, or the `sigmas` (the last one is where it ends)."""
+        if timesteps is not None and self._is_continuous():
+            raise ValueError("timesteps was given, but timestep_type='continuous' derives them: pass sigmas instead")
         self._plan(num_inference_steps, device, timesteps, sigmas)
+
+    def _is_continuous(self) -> bool:
+        return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
+
+    def _lay(self, timesteps: np.ndarray, sigmas: np.ndarray, last: float, device: str | None = None) -> None:
+        if self._is_continuous():
+            timesteps = 0.25 * torch.from_numpy(sigmas.astype(np.float32)).log().numpy()
+        super()._lay(timesteps, sigmas, last, device)
 
     def step(
         self,
@@ -71,3 +88,8 @@ class EulerDiscreteScheduler(SigmaScheduler):
         slope = (x - x0) / sigma_hat
         x = x + slope * (sigma_next - sigma_hat)
         return self._leave(x.to(model_output.dtype), x0, return_dict)
+
+    def _vp_levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """For `get_velocity`. Right would be the level at the timestep's place in the grid, as other samplers have it.
+        The reference looks that place up in the table of alpha_bar, which runs the other way: from no noise to much."""
+        return Scheduler._levels_at(self, torch.tensor([self.index_for_timestep(t) for t in timesteps]))

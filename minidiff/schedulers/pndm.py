@@ -44,6 +44,7 @@ class PNDMScheduler(Scheduler):
         """Plans the steps, at most `num_train_timesteps` and with PRK at least 4, and forgets all past predictions."""
         grid = self._spaced(num_inference_steps).round().astype("int64")
         self._check_signal(grid, always=True)
+        self._check_noise(grid)
         if self.config.skip_prk_steps:
             self.prk_timesteps = grid[:0]
             self.plms_timesteps = np.concatenate([grid[:1], grid[1:2], grid[1:]])  # the first step is taken twice
@@ -100,7 +101,7 @@ class PNDMScheduler(Scheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple:
         """A linear multistep step, eq. 12. Without PRK the first step is taken twice, with the mean of both ends."""
-        stride = self._stride()
+        stride = self._stride()  # T // n, not the grid's own: see there
         t = self._check_step(model_output, timestep, sample)
         model_output = self._eps_for_x0(model_output, t, sample)
         if not self.config.skip_prk_steps and len(self.history) < 3:

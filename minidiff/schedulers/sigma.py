@@ -5,6 +5,7 @@ divided by sqrt(sigma^2 + 1), which is the VP reading. The solvers (DPM-Solver, 
 x = alpha x0 + sigma eps, and count in lambda = log(alpha) - log(sigma), half the log of the signal-to-noise ratio.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class SigmaScheduler(Scheduler, abstract=True):
         """`set_timesteps` of every sampler: a number of steps, or the timesteps, or the sigmas with the last one."""
         given = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas}
         if sum(value is not None for value in given.values()) != 1:
-            raise ValueError(f"give one of {', '.join(given)}, and not more")
+            names = [name for name in given if name in inspect.signature(self.set_timesteps).parameters]
+            raise ValueError(f"give one of {', '.join(names)}, and not more")
         if sigmas is not None:
             levels = descending(sigmas, "sigmas", least=0, count=2).astype(np.float32)
             grid, last = (self._timesteps_of(levels[:-1]), levels[:-1]), levels[-1]
@@ -196,8 +198,6 @@ class TwoStageScheduler(SigmaScheduler, abstract=True):
 
     def _place(self, timestep: float | Tensor) -> int:
         """A run that begins midway begins where an interval does: of two equal timesteps that is the second one."""
-        if self.step_index is None and self.begin_index is None and timestep == self.timesteps[0]:
-            self.step_index = 0  # a grid of whole timesteps may hold its first one twice
         i = super()._place(timestep)
         if i % 2 and not self.history:
             raise ValueError(f"the run begins at place {i}, between the two stages of an interval: take an even place")
@@ -217,6 +217,8 @@ def spaced_in_sigma(config: SamplerConfig, most: float, least: float, n: int) ->
     if config.own("use_karras_sigmas"):
         return karras(most, least, n)
     if config.own("use_exponential_sigmas"):
+        if least <= 0:
+            raise ValueError(f"use_exponential_sigmas is true: its levels must be more than 0, but the last is {least}")
         return np.exp(np.linspace(math.log(most), math.log(least), n))
     if config.own("use_beta_sigmas"):
         return least + _beta_quantiles(n) * (most - least)

@@ -1,0 +1,77 @@
+"""One file of tensors: read, written, and the form that a tensor has there and here."""
+
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import LoadError, check_readable
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, mapped into memory. Raises LoadError, with the file's name."""
+    check_readable(file)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:  # OSError: a folder, say
+        raise LoadError(f"{file}: not a whole safetensors file: {error}") from None
+
+
+def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:  # weights_only: no code in the file is run. Only torch's present format, a zip, can be mapped
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # pickle, zip and torch each have their own, and any byte of the file can be wrong
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LoadError(f"{file}: can't be read as a file of weights alone: {problem}") from None
+    if not isinstance(tensors, dict):
+        raise LoadError(f"{file}: must hold a dictionary of tensors, not {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor")
+        yield name, tensor
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, with the mode that any new file gets. Raises OSError, with the file's name."""
+    file.touch()
+    mode = file.stat().st_mode  # save_file's own is 0600, whatever the umask says
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file}: can't be written: {error}") from None
+    file.chmod(stat.S_IMODE(mode))
+
+
+def to_ours(change: str, tensor: Tensor) -> Tensor:
+    """A tensor of a file in our form; `change` is the third column of the tables of names."""
+    match change.split():
+        case ["same"]:
+            return tensor
+        case ["transpose"]:
+            return tensor.t()
+        case ["convolution"]:  # (out, in, 1, 1) -> (out, in). Biases, and files that have (out, in), are the same
+            return tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
+        case ["third", number]:  # (3 * out, in) -> (out, in)
+            return tensor.tensor_split(3)[int(number)]
+    raise ValueError(f"change={change!r} is not known")
+
+
+def to_hub(changed: Mapping[str, Tensor]) -> Tensor:
+    """The inverse: from those of our tensors that are one tensor in a file, by their change."""
+    if "third 0" in changed:
+        return torch.cat([changed[f"third {number}"] for number in range(3)])
+    ((change, tensor),) = changed.items()
+    if change == "convolution" and tensor.ndim == 2:
+        return tensor[:, :, None, None]
+    return tensor.t() if change == "transpose" else tensor

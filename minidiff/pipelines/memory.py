@@ -1,0 +1,102 @@
+"""A pipeline's switches for memory: what they do here, or that there is nothing to do.
+
+Offloaded models wait on the CPU, and come to the device when they compute: slower, with less memory there.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+Handles = list[torch.utils.hooks.RemovableHandle]
+
+
+class MemorySwitches:
+    """The switches, for `DiffusionPipeline`."""
+
+    _offload_device: torch.device | None = None
+    _hooks: Handles = []  # noqa: RUF012 (replaced, never changed)
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Nothing to do: attention never holds its whole matrix here (torch's scaled_dot_product_attention)."""
+
+    def disable_attention_slicing(self) -> None:
+        """Nothing to do, as above."""
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Nothing to do: torch has the same algorithm, and it is used always."""
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Nothing to do, as above."""
+
+    def enable_vae_slicing(self) -> None:
+        """One picture at a time through the VAE."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Large pictures in overlapping tiles through the VAE."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+        """Models wait on the CPU; the one that computes is on `device`."""
+        self._offload(offload_models, gpu_id, device)
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str = "cuda") -> None:
+        """Models wait on the CPU; the layer that computes is on `device`."""
+        self._offload(offload_layers, gpu_id, device)
+
+    def remove_all_hooks(self) -> None:
+        """Ends the offloading. The models stay where they are: `to` moves them."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks, self._offload_device = [], None
+
+    def _offload(self, how: Callable, gpu_id: int | None, device: torch.device | str) -> None:
+        self.remove_all_hooks()
+        try:
+            chosen = torch.device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}")
+            torch.empty(1, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={str(device)!r} can't be used here: {str(error).splitlines()[0]}") from None
+        self._hooks, self._offload_device = how(self._models(), chosen), chosen
+
+
+def offload_models(models: list[nn.Module], device: torch.device) -> Handles:
+    """One model at a time is on the device: the next one that computes sends it back. Most of the speed stays."""
+    here: list[nn.Module] = []
+
+    def bring(model: nn.Module) -> None:
+        if here != [model]:
+            for other in here:
+                other.to("cpu")
+            here[:] = [model.to(device)]
+
+    for model in models:
+        model.to("cpu")
+    # VAEs compute through `encode` and `decode`, not `forward`: so every module calls for the whole model
+    pairs = [(model, module) for model in models for module in model.modules()]
+    return [module.register_forward_pre_hook(lambda *_, model=model: bring(model)) for model, module in pairs]
+
+
+def offload_layers(models: list[nn.Module], device: torch.device) -> Handles:
+    """One layer at a time is on the device, for as long as it computes: the least memory, and by far the slowest."""
+
+    def layers() -> Iterator[nn.Module]:
+        for model in models:
+            model.to("cpu")
+            yield from (
+                module for module in model.modules() if next(module.parameters(recurse=False), None) is not None
+            )
+
+    handles: Handles = []
+    for layer in layers():
+        handles.append(layer.register_forward_pre_hook(lambda layer, _: layer.to(device) and None))
+        handles.append(layer.register_forward_hook(lambda layer, *_: layer.to("cpu") and None))
+    return handles
