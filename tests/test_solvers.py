@@ -134,11 +134,11 @@ HALF += [("DEISMultistepScheduler", {"solver_order": 2})]
 
 
 @pytest.mark.parametrize(("name", "config"), HALF)
-@pytest.mark.parametrize(("dtype", "bound"), ((torch.float16, 5e-3), (torch.bfloat16, 4e-2)))
-def test_half_precision_is_the_references_up_to_its_rounding(name, config, dtype, bound):
-    """The reference reads x0 in half precision, ours in float32."""
-    for n in (1, 5, 20):
-        compare_run(name, {**STABLE_DIFFUSION, **config}, n, dtype=dtype, bound=bound)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precision_is_the_references_up_to_its_rounding(name, config, dtype):
+    """The reference reads x0 in half precision, ours in float32. Measured: 2.4 epsilons of the dtype."""
+    for n in (1, 5, 20, 50):
+        compare_run(name, {**STABLE_DIFFUSION, **config}, n, dtype=dtype, bound=3 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -313,21 +313,21 @@ def laid(scheduler, n, before=0):
     return lambdas.tolist()
 
 
-def error(scheduler, data, n):
-    """At the end of n steps, the largest distance from the exact solution. Three steps before FIRST fill the history
-    with exact values, so that the lower orders of a run's first steps don't count."""
-    lambdas = laid(scheduler, n, before=3)
+def error(scheduler, data, n, before=3):
+    """At the end of n steps, the largest distance from the exact solution. The steps before FIRST fill the history with
+    exact values, so that the lower orders of a run's first steps don't count. (UniPC must not correct those.)"""
+    lambdas = laid(scheduler, n, before)
     start = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1)
     x = start
     for i, lam in enumerate(lambdas[:-1]):
-        if i <= 3:
+        if i <= before:
             x = data.flow(start, alpha_bar_at(lambdas[0]), alpha_bar_at(lam)) if i else start
         x = scheduler.step(data.eps(x, alpha_bar_at(lam)), scheduler.timesteps[i], x).prev_sample
     return (x - data.flow(start, alpha_bar_at(lambdas[0]), alpha_bar_at(LAST))).abs().max().item()
 
 
-def order_of(scheduler, data, steps=(80, 160)):
-    return math.log2(error(scheduler, data, steps[0]) / error(scheduler, data, steps[1]))
+def order_of(scheduler, data, steps=(80, 160), before=3):
+    return math.log2(error(scheduler, data, steps[0], before) / error(scheduler, data, steps[1], before))
 
 
 OPEN = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
@@ -341,14 +341,13 @@ ORDERS = [
     *(
         (
             "UniPCMultistepScheduler",
-            {"solver_order": p, "solver_type": solver, "predict_x0": predict_x0},
+            {"solver_order": p, "solver_type": solver, "predict_x0": predict_x0, "disable_corrector": (0, 1, 2)},
             p + 1,
         )
-        for p in (1, 2)
+        for p in (1, 2, 3)
         for solver in ("bh1", "bh2")
         for predict_x0 in (True, False)
     ),
-    ("UniPCMultistepScheduler", {"solver_order": 3}, 4),
     *(("UniPCMultistepScheduler", {"solver_order": p, "disable_corrector": tuple(range(400))}, p) for p in (1, 2, 3)),
     *(("DEISMultistepScheduler", {"solver_order": p}, p) for p in (1, 2, 3)),
 ]
@@ -357,10 +356,19 @@ ORDERS = [
 @pytest.mark.parametrize("data", (Gaussian(), Mixture()), ids=("gaussian", "mixture"))
 @pytest.mark.parametrize(("name", "config", "order"), ORDERS)
 def test_the_error_falls_with_the_order(name, config, order, data):
-    """From 80 to 160 steps. DPM-Solver's third order is a second one, UniPC's p is p + 1."""
+    """From 80 to 160 steps. DPM-Solver's third order is a second one, UniPC's p is p + 1. Measured: within 0.17."""
     own = {key: value for key, value in OPEN.items() if key in m.DEISMultistepScheduler.Config.known()}
     scheduler = getattr(m, name)(**{**(OPEN if name[:4] != "DEIS" else own), **config})
-    assert order_of(scheduler, data) == pytest.approx(order, abs=0.25)
+    assert order_of(scheduler, data) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("predict_x0", (True, False))
+@pytest.mark.parametrize("solver_type", ("bh1", "bh2"))
+def test_unipcs_first_step_holds_the_fourth_power_back(solver_type, predict_x0):
+    """That step's order is 1, and its error once corrected h^3. Measured from 160 to 320 steps: 3.10 to 3.22."""
+    config = {"solver_order": 3, "solver_type": solver_type, "predict_x0": predict_x0}
+    scheduler = m.UniPCMultistepScheduler(**config, **OPEN)
+    assert order_of(scheduler, Mixture(), (160, 320), before=0) == pytest.approx(3, abs=0.25)
 
 
 @pytest.mark.parametrize("kind", ("dpmsolver++", "dpmsolver"))
