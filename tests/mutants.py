@@ -15,25 +15,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SCHEDULERS, TABLES = "tests/test_properties_schedulers.py", "tests/test_properties_tables.py"
-BASE, SCHEDULE, DDIM, DDPM, PNDM = (
-    f"minidiff/schedulers/{name}.py" for name in ("base", "schedule", "ddim", "ddpm", "pndm")
-)
-SOLVER, DPM, UNIPC, DEIS = (f"minidiff/schedulers/{name}.py" for name in ("solver", "dpm_solver", "unipc", "deis"))
-BASE, DDIM, DDPM, PNDM = (f"minidiff/schedulers/{name}.py" for name in ("base", "ddim", "ddpm", "pndm"))
-RULES, UNET, VAE, CLIP = (f"weights_compat/{name}.py" for name in ("rules", "unet", "vae", "clip"))
 
-SIGMA, EULER, ANCESTRAL, HEUN, LMS, KDPM2, KDPM2_ANCESTRAL = VE = tuple(
-    f"minidiff/schedulers/{name}.py"
-    for name in ("sigma", "euler", "euler_ancestral", "heun", "lms", "kdpm2", "kdpm2_ancestral")
+
+def sampler_files(*names):
+    return tuple(f"minidiff/schedulers/{name}.py" for name in names)
+
+
+OLDEST = BASE, SCHEDULE, DDIM, DDPM, PNDM = sampler_files("base", "schedule", "ddim", "ddpm", "pndm")
+VE = SIGMA, EULER, ANCESTRAL, HEUN, LMS, KDPM2, KDPM2_ANCESTRAL = sampler_files(
+    "sigma", "euler", "euler_ancestral", "heun", "lms", "kdpm2", "kdpm2_ancestral"
 )
-VE_TESTS = "tests/test_sigma_samplers.py"
-DISTILLED, LCM, TCD, INVERSE, REPAINT, KARRAS_VE, SDE_VE, FLOW = OTHERS = tuple(
-    f"minidiff/schedulers/{name}.py"
-    for name in ("distilled", "lcm", "tcd", "ddim_inverse", "repaint", "karras_ve", "score_sde_ve", "flow_match_euler")
+SOLVERS = SOLVER, DPM, MULTISTEP, SINGLESTEP, UNIPC, DEIS = sampler_files(
+    "solver", "dpm_solver", "dpm_solver_multistep", "dpm_solver_singlestep", "unipc", "deis"
 )
-OTHER_TESTS = "tests/test_other_samplers.py"
-TESTS = {file: [VE_TESTS] for file in VE} | {file: [OTHER_TESTS] for file in OTHERS}
+OTHERS = DISTILLED, LCM, TCD, INVERSE, REPAINT, KARRAS_VE, SDE_VE, FLOW = sampler_files(
+    "distilled", "lcm", "tcd", "ddim_inverse", "repaint", "karras_ve", "score_sde_ve", "flow_match_euler"
+)
+TABLES = RULES, UNET, VAE, CLIP = tuple(f"weights_compat/{name}.py" for name in ("rules", "unet", "vae", "clip"))
+
+# The test files that have to notice, by what is mutated
+TESTS = {
+    **dict.fromkeys(OLDEST, ("tests/test_properties_schedulers.py", "tests/test_other_samplers.py")),
+    **dict.fromkeys(VE, ("tests/test_sigma_samplers.py",)),
+    **dict.fromkeys(SOLVERS, ("tests/test_solvers.py",)),
+    **dict.fromkeys(OTHERS, ("tests/test_other_samplers.py",)),
+    **dict.fromkeys(TABLES, ("tests/test_properties_tables.py",)),
+}
 
 # File, the code, and what it becomes. The code must stand there once.
 MUTANTS = [
@@ -96,7 +103,20 @@ MUTANTS = [
     (SOLVER, "shift * levels / (1 +", "shift * levels / (2 +"),
     (SOLVER, "alpha * predicted + sigma * sample", "alpha * predicted - sigma * sample"),
     (DPM, "grown / z - 1, (grown", "grown / z + 1, (grown"),
-    (DPM, "slope + r0 * bend", "slope - r0 * bend"),
+    (MULTISTEP, "slope + r0 * bend", "slope - r0 * bend"),
+    (MULTISTEP, "/ (r0 + r1)", "/ (r0 - r1)"),
+    (MULTISTEP, "range(i + 1, i - order, -1)", "range(i, i - order - 1, -1)"),
+    (MULTISTEP, "return 2 if self", "return 3 if self"),
+    (DPM, "< self._point(start)[2]", "< self._point(n - 2)[2]"),
+    (SINGLESTEP, "2 * (far - near)", "(far - near)"),
+    (SINGLESTEP, "r[1] * near - r[0] * far", "r[0] * near - r[1] * far"),
+    (SINGLESTEP, "return [m[0], far,", "return [m[0], near,"),
+    (SINGLESTEP, "if order == 1:", "if i == 0:"),
+    (SINGLESTEP, "return i + 1 - order", "return i"),
+    (SINGLESTEP, "lower_order_final and whole", "lower_order_final"),
+    (SINGLESTEP, "i % p + 1, known", "i % p + 1, p"),
+    (SINGLESTEP, "i + 1 == len(self.timesteps) and", "i + 2 == len(self.timesteps) and"),
+    (SINGLESTEP, "lower_order_final: bool = False", "lower_order_final: bool = True"),
     (DPM, "weights[1] = grown / 2", "weights[1] = grown"),
     (DPM, "/ z**2 + 0.5", "/ z**2 - 0.5"),
     (DPM, "scale, deviation = 2 * scale", "scale, deviation = 1 * scale"),
@@ -204,10 +224,13 @@ MUTANTS = [
     (KDPM2_ANCESTRAL, "self.ends > 0, middles, levels[1:]", "self.ends > 0, middles, levels[:-1]"),
     (KDPM2_ANCESTRAL, "0.5).exp()", "0.6).exp()"),
     # names
-    (RULES, "(ours, hub) for hub, ours in rows", "(hub, ours) for hub, ours in rows"),
-    (RULES, "self._modern(name) or name", "name"),
+    (RULES, "row._replace(hub=row.ours, ours=row.hub)", "row"),
+    (RULES, "modern[0][0] if modern else name", "name"),
+    (RULES, '(".weight", ".bias")', '(".weight",)'),
+    (RULES, 'return [(f"{hub}.{a}", f"{ours}.{b}"', 'return [(f"{hub}.{a}", b'),
+    (RULES, 'ends=("",)', 'ends=("", ".weight")'),
     (RULES, "([0-9]+)", "([0-9])"),
-    (RULES, "pattern.fullmatch(module)", "pattern.match(module)"),
+    (RULES, "pattern.fullmatch(name)", "pattern.match(name)"),
     (UNET, '("to_k", "k"), ("to_v", "v")', '("to_k", "v"), ("to_v", "k")'),
     (UNET, '("conv_shortcut", "skip")', '("conv_shortcut", "shortcut")'),
     (UNET, '("query", "to_q"), ("key", "to_k")', '("query", "to_k"), ("key", "to_q")'),
@@ -254,12 +277,8 @@ def survives(mutant, folder):
         os.dup2(out, 2)
         import pytest
 
-        default = [TABLES] if mutant[0].startswith("weights_compat") else [SCHEDULERS, OTHER_TESTS]
-        tests = TESTS.get(mutant[0], default)
-        tests = TABLES if mutant[0].startswith("weights_compat") else SCHEDULERS
-        tests = "tests/test_solvers.py" if mutant[0] in (SOLVER, DPM, UNIPC, DEIS) else tests
         options = ["-x", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "--rootdir", str(folder)]
-        os._exit(pytest.main([*options, *(str(folder / name) for name in tests)]))
+        os._exit(pytest.main([*options, *(str(folder / name) for name in TESTS[mutant[0]])]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -525,7 +525,7 @@ def karras_ve_error(n, correct):
 
 @pytest.mark.parametrize(("correct", "order"), [(False, 1), (True, 2)])
 def test_karras_ves_order(correct, order):
-    """Measured: 0.98 without the correction, 2.00 with it."""
+    """Measured: 0.998 without the correction, 2.009 with it."""
     assert math.log2(karras_ve_error(100, correct) / karras_ve_error(200, correct)) == pytest.approx(order, abs=0.05)
 
 
@@ -659,7 +659,7 @@ def test_flow_match_euler_is_the_references():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stochastic_sampling", [False, True])
 def test_flow_match_euler_in_half_precision(dtype, stochastic_sampling):
-    """Bit by bit. Noise is added by levels cast last; measured against the reference: 1.0 epsilons of the dtype."""
+    """Bit by bit. Noise is added by levels cast last; measured: 1.3 epsilons of the dtype."""
     ours, reference = flow_pair({"stochastic_sampling": stochastic_sampling, "shift": 3.0}, {"num_inference_steps": 7})
     sample, noise = normal(0, dtype=dtype), normal(2, dtype=dtype)
     for t in reference.timesteps:
@@ -707,7 +707,7 @@ def test_flow_match_euler_steps_every_token_by_its_own_level(stochastic_sampling
 
 @pytest.mark.parametrize("config", [{}, {"shift": 3.0}, {"use_karras_sigmas": True}, {"invert_sigmas": True}], ids=str)
 def test_flow_match_eulers_order(config):
-    """On data N(1, 0.25) beside the exact flow, in float64, as far as sigma 0.3. Measured: 0.98 to 1.02."""
+    """On data N(1, 0.25) beside the exact flow, in float64, as far as sigma 0.3. Measured: 1.00 to 1.02."""
 
     def spread(sigma):
         return ((1 - sigma) ** 2 * 0.25 + sigma**2) ** 0.5

@@ -15,8 +15,14 @@ from test_properties_schedulers import Gaussian, Mixture
 
 import minidiff as m
 
-NAMES = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")
-SCHEDULES = ({}, STABLE_DIFFUSION, {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.01] * 1000})
+MULTISTEP, SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+NAMES = (MULTISTEP, SINGLESTEP, "UniPCMultistepScheduler", "DEISMultistepScheduler")
+SCHEDULES = (
+    STABLE_DIFFUSION,
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"trained_betas": [0.01] * 1000},
+    {"num_train_timesteps": 100, "beta_end": 0.1},
+)
 STEPS = [{"n": n} for n in (1, 2, 3, 5, 10, 20, 50, 999)]
 GRIDS = (
     {},
@@ -35,7 +41,7 @@ SHARED = {
     "n": STEPS,
 }
 AXES = {
-    "DPMSolverMultistepScheduler": {
+    MULTISTEP: {
         **SHARED,
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
         "solver_type": ("midpoint", "heun"),
@@ -63,6 +69,14 @@ AXES = {
         ),
         "options": ({}, {"lower_order_final": False}, {"disable_corrector": [0, 2]}, THRESHOLDING, ZERO_SNR),
     },
+    SINGLESTEP: {
+        **{key: values for key, values in SHARED.items() if key != "timestep_spacing"},
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
+        "solver_type": ("midpoint", "heun"),
+        "final_sigmas_type": ("zero", "sigma_min"),
+        "grid": GRIDS,
+        "options": ({}, {"lower_order_final": True}, {"lambda_min_clipped": -3.0}, THRESHOLDING),
+    },
     "DEISMultistepScheduler": {**SHARED, "grid": GRIDS, "options": ({}, {"lower_order_final": False}, THRESHOLDING)},
 }
 
@@ -84,21 +98,28 @@ def reference_has_numbers(name, config, n):
 
 
 def cases(name, count):
-    """Some of the configs and numbers of steps: of the long runs fewer."""
+    """Some of the configs and numbers of steps. Runs of 999 steps are few: of 100 timesteps 99 do."""
     long = 0
     for config in random.Random(0).sample(list(product(**AXES[name])), count):
-        n = config.pop("n")
+        n = min(config.pop("n"), config.get("num_train_timesteps", 1000) - 1)
         long += n == 999
         third = config.get("algorithm_type") == "sde-dpmsolver" and config["solver_order"] == 3
-        if not third and (n < 999 or long <= 4):
+        # DEIS's third order drowns in its rounding in short steps: both runs overflow on the beta grid of 999
+        drowned = name.startswith("DEIS") and config["solver_order"] == 3 and n >= 99
+        if not third and not drowned and (n < 999 or long <= 2):
             yield config, n
 
 
-@pytest.mark.parametrize(("name", "count"), zip(NAMES, (150, 100, 50), strict=True))
+@pytest.mark.parametrize(("name", "count"), zip(NAMES, (100, 100, 60, 40), strict=True))
 def test_steps_are_the_references_wherever_it_has_numbers(name, count):
     """What is refused here fails there, or gives inf or NaN. Measured: UniPC and DEIS equal to the bit, DPM 5e-7."""
     run = refused = 0
     for config, n in cases(name, count):
+        # Fails in the reference, for want of a timestep, unless a picture is as wide as the schedule is long
+        if name == SINGLESTEP and config["algorithm_type"] == "dpmsolver" and config.get("thresholding"):
+            with pytest.raises(m.ConfigError, match="thresholding"):
+                getattr(m, name)(**{**config, "prediction_type": "epsilon", "final_sigmas_type": "sigma_min"})
+            continue
         try:
             getattr(m, name)(**config).set_timesteps(n)
         except ValueError:
@@ -123,20 +144,21 @@ def test_keys_and_arguments_are_the_references(name):
 
 
 HALF = [
-    ("DPMSolverMultistepScheduler", {"algorithm_type": kind, "solver_order": order})
+    (MULTISTEP, {"algorithm_type": kind, "solver_order": order})
     for kind in ("dpmsolver++", "sde-dpmsolver++")
     for order in (2, 3)
 ]
+HALF += [(SINGLESTEP, config) for _, config in HALF]
 HALF += [("UniPCMultistepScheduler", {"solver_order": order}) for order in (2, 3)]
 HALF += [("DEISMultistepScheduler", {"solver_order": 2})]
 
 
 @pytest.mark.parametrize(("name", "config"), HALF)
-@pytest.mark.parametrize(("dtype", "bound"), ((torch.float16, 5e-3), (torch.bfloat16, 4e-2)))
-def test_half_precision_is_the_references_up_to_its_rounding(name, config, dtype, bound):
-    """The reference reads x0 in half precision, ours in float32."""
-    for n in (1, 5, 20):
-        compare_run(name, {**STABLE_DIFFUSION, **config}, n, dtype=dtype, bound=bound)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_half_precision_is_the_references_up_to_its_rounding(name, config, dtype):
+    """The reference reads x0 in half precision, ours in float32. Measured: 2.4 epsilons of the dtype."""
+    for n in (1, 5, 20, 50):
+        compare_run(name, {**STABLE_DIFFUSION, **config}, n, dtype=dtype, bound=3 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -150,7 +172,7 @@ def test_a_run_may_begin_midway(name, by_index):
 def test_custom_timesteps_and_sigmas_are_the_references():
     timesteps = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
     for config in ({}, {"solver_order": 3, "final_sigmas_type": "sigma_min"}):
-        compare_run("DPMSolverMultistepScheduler", config, {"timesteps": timesteps})
+        compare_run(MULTISTEP, config, {"timesteps": timesteps})
     for options in ({}, {"shift_terminal": 0.1}, {"final_sigmas_type": "sigma_min"}):
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0, **options}
         name, sigmas = "UniPCMultistepScheduler", [1.0, 0.8, 0.5, 0.3]
@@ -196,7 +218,7 @@ def test_before_set_timesteps_noise_is_of_the_opposite_level(name):
 
 
 def test_what_the_solvers_cannot_do_is_said_at_once():
-    dpm, unipc, deis = (getattr(m, name) for name in NAMES)
+    dpm, single, unipc, deis = (getattr(m, name) for name in NAMES)
     configs = (
         (dpm, {"algorithm_type": "dpmsolver"}, "final_sigmas_type"),
         (dpm, {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3}, "solver_order"),
@@ -206,6 +228,7 @@ def test_what_the_solvers_cannot_do_is_said_at_once():
         (dpm, {"solver_order": 4}, "solver_order"),
         (dpm, {"lambda_min_clipped": math.nan}, "lambda_min_clipped"),
         (dpm, {"solver_type": "bh3"}, "solver_type"),
+        (single, {"algorithm_type": "sde-dpmsolver"}, "algorithm_type"),
         (unipc, {"shift_terminal": 0.1}, "shift_terminal"),
         (unipc, {"predict_x0": False, "prediction_type": "flow_prediction"}, "prediction_type"),
         (unipc, {"use_flow_sigmas": True, "use_beta_sigmas": True}, "use_beta_sigmas"),
@@ -275,7 +298,7 @@ def test_folders_of_any_solver_load_as_any_other(name, tmp_path):
             assert got == (tuple(want) if isinstance(want, list) else want), field.name
         ours.save_pretrained(tmp_path / "again")
         assert dict(getattr(m, name).from_pretrained(tmp_path / "again").config) == dict(ours.config)
-    text = (tmp_path / "DPMSolverMultistepScheduler" / "scheduler_config.json").read_text()
+    text = (tmp_path / MULTISTEP / "scheduler_config.json").read_text()
     assert json.loads(text)["lambda_min_clipped"] == -math.inf
 
 
@@ -311,27 +334,27 @@ def laid(scheduler, n, before=0):
     return lambdas.tolist()
 
 
-def error(scheduler, data, n):
-    """At the end of n steps, the largest distance from the exact solution. Three steps before FIRST fill the history
-    with exact values, so that the lower orders of a run's first steps don't count."""
-    lambdas = laid(scheduler, n, before=3)
+def error(scheduler, data, n, before=3):
+    """At the end of n steps, the largest distance from the exact solution. The steps before FIRST fill the history with
+    exact values, so that the lower orders of a run's first steps don't count. (UniPC must not correct those.)"""
+    lambdas = laid(scheduler, n, before)
     start = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1)
     x = start
     for i, lam in enumerate(lambdas[:-1]):
-        if i <= 3:
+        if i <= before:
             x = data.flow(start, alpha_bar_at(lambdas[0]), alpha_bar_at(lam)) if i else start
         x = scheduler.step(data.eps(x, alpha_bar_at(lam)), scheduler.timesteps[i], x).prev_sample
     return (x - data.flow(start, alpha_bar_at(lambdas[0]), alpha_bar_at(LAST))).abs().max().item()
 
 
-def order_of(scheduler, data, steps=(80, 160)):
-    return math.log2(error(scheduler, data, steps[0]) / error(scheduler, data, steps[1]))
+def order_of(scheduler, data, steps=(80, 160), before=3):
+    return math.log2(error(scheduler, data, steps[0], before) / error(scheduler, data, steps[1], before))
 
 
 OPEN = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}
 ORDERS = [
     *(
-        ("DPMSolverMultistepScheduler", {"algorithm_type": kind, "solver_order": p, "solver_type": solver}, min(p, 2))
+        (MULTISTEP, {"algorithm_type": kind, "solver_order": p, "solver_type": solver}, min(p, 2))
         for kind in ("dpmsolver++", "dpmsolver")
         for p in (1, 2, 3)
         for solver in ("midpoint", "heun")
@@ -339,8 +362,8 @@ ORDERS = [
     *(
         (
             "UniPCMultistepScheduler",
-            {"solver_order": p, "solver_type": solver, "predict_x0": predict_x0},
-            p + 1 if p < 3 or predict_x0 else 3.3,
+            {"solver_order": p, "solver_type": solver, "predict_x0": predict_x0, "disable_corrector": (0, 1, 2)},
+            p + 1,
         )
         for p in (1, 2, 3)
         for solver in ("bh1", "bh2")
@@ -354,11 +377,43 @@ ORDERS = [
 @pytest.mark.parametrize("data", (Gaussian(), Mixture()), ids=("gaussian", "mixture"))
 @pytest.mark.parametrize(("name", "config", "order"), ORDERS)
 def test_the_error_falls_with_the_order(name, config, order, data):
-    """From 80 to 160 steps. DPM-Solver's third order is a second one, UniPC's p is p + 1 (with p = 3 and the noise in
-    the integral 3.3 were measured)."""
+    """From 80 to 160 steps. DPM-Solver's third order is a second one, UniPC's p is p + 1. Measured: within 0.17."""
     own = {key: value for key, value in OPEN.items() if key in m.DEISMultistepScheduler.Config.known()}
     scheduler = getattr(m, name)(**{**(OPEN if name[:4] != "DEIS" else own), **config})
-    assert order_of(scheduler, data) == pytest.approx(order, abs=0.25)
+    assert order_of(scheduler, data) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("data", (Gaussian(), Mixture()), ids=("gaussian", "mixture"))
+@pytest.mark.parametrize("kind", ("dpmsolver++", "dpmsolver"))
+@pytest.mark.parametrize("solver_type", ("midpoint", "heun"))
+@pytest.mark.parametrize("order", (1, 2, 3))
+def test_singlesteps_error_falls_with_its_order(order, solver_type, kind, data):
+    """From 84 to 168 calls, whole intervals, from a run's own start. Measured: within 0.06."""
+    config = {"algorithm_type": kind, "solver_type": solver_type, "solver_order": order}
+    scheduler = m.DPMSolverSinglestepScheduler(final_sigmas_type="sigma_min", **config)
+    assert order_of(scheduler, data, (84, 168), before=0) == pytest.approx(order, abs=0.1)
+
+
+def test_a_singlestep_run_leaves_no_trace_in_the_next():
+    """5 calls are no whole intervals of 2, 6 are. The reference's second run ends with order 1 all the same."""
+    ours, reference = (
+        library.DPMSolverSinglestepScheduler(final_sigmas_type="sigma_min") for library in (m, diffusers)
+    )
+    for n in (5, 6):
+        ours.set_timesteps(n)
+        reference.set_timesteps(n)
+    assert [ours._order(i, known=2) for i in range(6)] == [1, 2, 1, 2, 1, 2]
+    assert reference.order_list == [1, 2, 1, 2, 1, 1]
+    compare_run(SINGLESTEP, {"final_sigmas_type": "sigma_min"}, 6)
+
+
+@pytest.mark.parametrize("predict_x0", (True, False))
+@pytest.mark.parametrize("solver_type", ("bh1", "bh2"))
+def test_unipcs_first_step_holds_the_fourth_power_back(solver_type, predict_x0):
+    """That step's order is 1, and its error once corrected h^3. Measured from 160 to 320 steps: 3.10 to 3.22."""
+    config = {"solver_order": 3, "solver_type": solver_type, "predict_x0": predict_x0}
+    scheduler = m.UniPCMultistepScheduler(**config, **OPEN)
+    assert order_of(scheduler, Mixture(), (160, 320), before=0) == pytest.approx(3, abs=0.25)
 
 
 @pytest.mark.parametrize("kind", ("dpmsolver++", "dpmsolver"))
@@ -391,18 +446,48 @@ def test_the_sdes_third_weight_does_not_vanish_with_the_step():
         assert weights["sde-dpmsolver++"] == pytest.approx(1, abs=1.5 * 3.5 / n)
 
 
-@pytest.mark.parametrize("kind", ("sde-dpmsolver++", "sde-dpmsolver"))
-@pytest.mark.parametrize(("order", "solver_type", "n"), ((1, "midpoint", 400), (2, "midpoint", 60), (2, "heun", 60)))
-def test_the_sdes_draw_from_the_data(kind, order, solver_type, n):
-    """Mean and variance of 40,000 chains that begin as the data does at FIRST, within 5 standard errors."""
-    chains, data = 40_000, Gaussian()
-    options = {"algorithm_type": kind, "solver_order": order, "solver_type": solver_type, **OPEN}
-    scheduler, generator = m.DPMSolverMultistepScheduler(**options), torch.Generator().manual_seed(0)
+def drawn(scheduler, n, chains):
+    """Chains that begin as the Gaussian's data does at FIRST, beside that data at LAST: how far the mean is off in
+    deviations, and the quotient of the variances."""
+    data, generator = Gaussian(), torch.Generator().manual_seed(0)
     lambdas = laid(scheduler, n)
     mean, deviation = data.moments(alpha_bar_at(FIRST))
     x = mean + deviation * torch.randn(chains, 1, generator=generator, dtype=torch.float64)
     for i, lam in enumerate(lambdas[:-1]):
         x = scheduler.step(data.eps(x, alpha_bar_at(lam)), scheduler.timesteps[i], x, generator=generator).prev_sample
     mean, deviation = data.moments(alpha_bar_at(LAST))
-    assert abs(x.mean().item() - mean) < 5 * deviation / chains**0.5
-    assert abs(x.var().item() / deviation**2 - 1) < 5 * (2 / chains) ** 0.5
+    return (x.mean().item() - mean) / deviation, x.var().item() / deviation**2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "order", "solver_type", "n"),
+    [
+        *(
+            (MULTISTEP, kind, order, solver_type, n)
+            for kind in ("sde-dpmsolver++", "sde-dpmsolver")
+            for order, solver_type, n in ((1, "midpoint", 400), (2, "midpoint", 60), (2, "heun", 60))
+        ),
+        (SINGLESTEP, "sde-dpmsolver++", 2, "midpoint", 400),
+        (SINGLESTEP, "sde-dpmsolver++", 2, "heun", 400),
+        (SINGLESTEP, "sde-dpmsolver++", 3, "midpoint", 600),
+    ],
+)
+def test_the_sdes_draw_from_the_data(name, kind, order, solver_type, n):
+    """Of 40,000 chains, within 5 standard errors."""
+    config = {
+        "algorithm_type": kind,
+        "solver_order": order,
+        "solver_type": solver_type,
+        "final_sigmas_type": "sigma_min",
+    }
+    mean, variance = drawn(getattr(m, name)(lower_order_final=False, **config), n, 40_000)
+    assert abs(mean) < 5 / 40_000**0.5
+    assert abs(variance - 1) < 5 * (2 / 40_000) ** 0.5
+
+
+def test_singlesteps_third_sde_draws_too_widely():
+    """With `heun`, by the sign above: measured 43 times the variance with 60 calls, and 46 with 201."""
+    config = {"solver_order": 3, "solver_type": "heun", "final_sigmas_type": "sigma_min"}
+    scheduler = m.DPMSolverSinglestepScheduler(algorithm_type="sde-dpmsolver++", **config)
+    assert drawn(scheduler, 60, 5_000)[1] == pytest.approx(43, rel=0.15)
+    assert drawn(scheduler, 201, 5_000)[1] == pytest.approx(46, rel=0.15)
