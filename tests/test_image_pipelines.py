@@ -209,7 +209,6 @@ def test_image_to_image_bad_arguments(img2img, arguments, message):
         ({"padding_mask_crop": 8, "output_type": "np"}, "output_type='np'"),
         ({"padding_mask_crop": 8, "mask_image": mask(32, 32)}, "they must agree"),
         ({"padding_mask_crop": 8, "mask_image": Image.new("L", (64, 64))}, "mask_image is black"),
-        ({"image": torch.randn(1, 4, 8, 8)}, "give masked_image_latents"),
         ({"image": torch.randn(1, 4, 4, 4), "masked_image_latents": torch.randn(1, 4, 8, 8)}, "image are latents"),
         ({"masked_image_latents": torch.randn(1, 4, 4, 4)}, "masked_image_latents has shape"),
         ({"height": 50}, "height=50"),
@@ -219,6 +218,12 @@ def test_inpaint_bad_arguments(inpaint, arguments, message):
     base = {"prompt": PROMPT, "image": picture(), "mask_image": mask(), "num_inference_steps": 4}
     with pytest.raises((ValueError, TypeError), match=message):
         inpaint[0](**base | {"height": 64, "width": 64} | arguments)
+
+
+def test_latents_can_not_be_masked(folders):
+    pipe = load(minidiff, folders[9], "StableDiffusionInpaintPipeline")
+    with pytest.raises(ValueError, match="give masked_image_latents"):
+        pipe(PROMPT, torch.randn(1, 4, 8, 8), mask(), height=64, width=64)
 
 
 def test_nine_channels_are_for_inpainting(folders):

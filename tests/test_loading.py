@@ -445,9 +445,9 @@ def test_code_in_a_pickle_does_not_run(folder, tmp_path, monkeypatch):
 
 
 def test_an_unknown_key_names_file_key_and_value(folder, edit_json):
-    edit_json(folder / "unet/config.json", time_embedding_dim=77)
-    with pytest.raises(ConfigError, match=r"unet/config\.json: time_embedding_dim=77 is not supported.*null"):
+    edit_json(folder / "unet/config.json", timestep_post_act="silu")
+    with pytest.raises(ConfigError, match=r"unet/config\.json: timestep_post_act='silu' is not supported.*null"):
         DiffusionPipeline.from_pretrained(folder, **NO_CHECKER)
-    edit_json(folder / "unet/config.json", time_embedding_dim=None, surprise=[1])
+    edit_json(folder / "unet/config.json", timestep_post_act=None, surprise=[1])
     with pytest.raises(ConfigError, match=r"unet/config\.json: unknown key surprise=\[1\]"):
         DiffusionPipeline.from_pretrained(folder, **NO_CHECKER)

@@ -346,9 +346,7 @@ def test_from_pipe(sd, pix2pix):
         minidiff.StableDiffusionImageVariationPipeline.from_pipe(pipe)
     with pytest.raises(ValueError, match=r"8 input channels.*StableDiffusionInstructPix2PixPipeline"):
         minidiff.StableDiffusionPipeline.from_pipe(pix2pix[0])
-    with pytest.raises(
-        minidiff.LoadError, match="Pix2PixPipeline has no AutoPipelineForText2Image"
-    ):
+    with pytest.raises(minidiff.LoadError, match="Pix2PixPipeline has no AutoPipelineForText2Image"):
         minidiff.AutoPipelineForText2Image.from_pipe(pix2pix[0])
 
 

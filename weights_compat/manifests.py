@@ -77,6 +77,7 @@ def narrow_config(config: dict[str, Any]) -> dict[str, Any]:
         small["block_out_channels"] = [width * SMALL_WIDTH // widths[0] for width in widths]
         small["norm_num_groups"] = 8
         small["sample_size"] = 32 if "latent_channels" in small else 2 ** len(widths)  # 2 x 2 in the middle
+        small.pop("_diffusers_version", None)  # before 0.9 such a size would be taken for a mistake, and for 64
     if isinstance(heads := small.get("attention_head_dim"), list):
         small["attention_head_dim"] = [2 * n // heads[0] for n in heads]
     if isinstance(depths := small.get("transformer_layers_per_block"), list):

@@ -18,7 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .manifests import narrow, read_manifest
@@ -58,8 +60,19 @@ ORDER = (
     "unet",
     "scheduler",
     "vae",
+    "feature_extractor",
+    "safety_checker",
 )  # the way of the data
+REFERENCE_MODULES = {"stable_diffusion": "diffusers.pipelines.stable_diffusion.safety_checker"}
+PICTURE_READERS = dict.fromkeys(("CLIPFeatureExtractor", "CLIPImageProcessor"), "CLIPImageProcessorPil")
 UNCONDITIONAL = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+PICTURES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionUpscalePipeline",
+)
 # PRK steps turn float16 into float32, which the network then refuses; NumPy has no bfloat16 for the picture
 REFERENCE_FAILS = {torch.float16: ("PNDMPipeline",), torch.bfloat16: UNCONDITIONAL}
 
@@ -96,6 +109,10 @@ class Side(NamedTuple):
 
     def component(self, name: str) -> Any:
         library, class_name = self.index[name]
+        library = REFERENCE_MODULES.get(library, library)
+        class_name = PICTURE_READERS.get(class_name, class_name)
+        if not self.reference:
+            class_name = class_name.removesuffix("Pil")
         cls = getattr(importlib.import_module(library if self.reference else "minidiff"), class_name)
         if not hasattr(cls, "forward"):
             return cls.from_pretrained(str(self.folder), subfolder=name)
@@ -208,6 +225,23 @@ def encode_and_decode(vae: Any, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def read_pictures(processor: Any) -> dict[str, Any]:
+    pictures = [picture(300, 200), picture(150, 224), picture(64, 512)]
+    return {"pixels": torch.as_tensor(processor(pictures, return_tensors="pt")["pixel_values"])}
+
+
+def look(checker: Any, inputs: Inputs) -> dict[str, Any]:
+    """What it sees in two pictures, and its flags."""
+    seen = inputs.randn(2, 3, 224, 224)
+    tower = checker.vision if hasattr(checker, "vision") else checker.vision_model
+    flags = checker(clip_input=seen, images=torch.ones(2, 3, 8, 8))[1]
+    return {"embeddings": checker.visual_projection(tower(seen)[1]), "flags": torch.tensor(flags)}
+
+
+def picture(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
 def draw(pipe: Any, inputs: Inputs) -> dict[str, Any]:
     """A picture, what it was before the clamp (which hides most mistakes, with random weights), and all the latents."""
     samples, decoded = [], []
@@ -223,13 +257,23 @@ def draw(pipe: Any, inputs: Inputs) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if hasattr(pipe, "vae"):
         options = {"prompt": TEXTS[0], "negative_prompt": "blurry"}
+        parameters = inspect.signature(pipe.__call__).parameters
+        side = (
+            32 if "Upscale" in type(pipe).__name__ else pipe.vae_scale_factor * _pair(pipe.unet.config.sample_size)[0]
+        )
+        if "image" in parameters:
+            options |= {"image": picture(side, side)}
+        if "mask_image" in parameters:
+            mask = np.zeros((side, side), np.uint8)
+            mask[side // 4 : side // 2] = 255
+            options |= {"mask_image": Image.fromarray(mask)}
         pipe.vae.decoder.register_forward_hook(lambda module, args, out: decoded.append(out))
     options |= {"num_inference_steps": inputs.steps, "generator": inputs.generator(), "output_type": "np"}
-    picture = pipe(**options).images
+    drawn = pipe(**options).images
     result = {f"{len(samples)} steps": samples}
     if decoded:
         result["decoded"] = decoded
-    return result | {"in [0, 1]": picture}
+    return result | {"in [0, 1]": drawn}
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -241,7 +285,11 @@ def make_stages(index: dict[str, Any], inputs: Inputs) -> Iterator[Stage | str]:
     import minidiff
 
     parts = {name: spec[1] for name, spec in index.items() if isinstance(spec, list) and spec[1] is not None}
-    missing = {name: cls for name, cls in parts.items() if not hasattr(minidiff, cls)}
+    missing = {
+        name: cls
+        for name, cls in parts.items()
+        if not hasattr(minidiff, PICTURE_READERS.get(cls, cls).removesuffix("Pil"))
+    }
     present = [name for kind in ORDER for name in parts if name.removesuffix("_2") == kind and name not in missing]
     runs = {"unet": denoise, "vae": encode_and_decode}
     for name in present:
@@ -250,6 +298,10 @@ def make_stages(index: dict[str, Any], inputs: Inputs) -> Iterator[Stage | str]:
             yield Stage(name, "ids", load, tokenize)
         elif name.startswith("text_encoder"):
             yield Stage(name, "states", functools.partial(Side.text_encoder, name=name), encode_text)
+        elif name == "feature_extractor":
+            yield Stage(name, "states", load, read_pictures)
+        elif name == "safety_checker":
+            yield Stage(name, "states", load, functools.partial(look, inputs=inputs))
         elif name == "scheduler":
             yield Stage(name, "ids", load, functools.partial(plan, inputs=inputs))
             yield Stage(name, "scheduler", load, functools.partial(step_through, inputs=inputs))
@@ -267,7 +319,7 @@ def make_stages(index: dict[str, Any], inputs: Inputs) -> Iterator[Stage | str]:
             load = functools.partial(Side.pipeline, class_name=name)
             steps = max(inputs.steps, 4) if name == "PNDMPipeline" else inputs.steps  # PRK's first steps are three
             yield Stage(name, "picture", load, functools.partial(draw, inputs=inputs._replace(steps=steps)))
-    elif "scheduler" in present and name == "StableDiffusionPipeline":
+    elif "scheduler" in present and name in PICTURES:
         yield Stage(name, "picture", Side.pipeline, functools.partial(draw, inputs=inputs))
     else:
         missing["picture"] = name
