@@ -46,15 +46,9 @@ def run(capsys):
 
 
 STAGES = {
-<<<<<<< HEAD
-    "stable-diffusion-v1-5": 15,
-    "stable-diffusion-2-1": 15,
-    "stable-diffusion-inpainting": 12,
-=======
     "stable-diffusion-v1-5": 18,
     "stable-diffusion-2-1": 16,
     "stable-diffusion-inpainting": 18,
->>>>>>> p1
     "stable-diffusion-xl-base-1.0": 17,
     "ddpm-butterflies-128": 9,
 }
