@@ -23,6 +23,16 @@ REASONS = {
     "Kandinsky UnCLIP Wuerstchen Cascade Shap IFPipeline IFImg IFIn Amused VQ LDM Latte Paint Marigold BLIP": OTHERS,
     "Autoencoder": "of autoencoders minidiff has AutoencoderKL, that of Stable Diffusion",
 }
+# Methods and attributes of its pipelines and models: what to do instead
+MISSING = {
+    "enable_freeu": "minidiff has no FreeU; the UNet's up blocks, where it scales the skips, are in models/unet.py",
+    "from_single_file": "minidiff reads folders: from_pretrained",
+    "fuse_qkv_projections": "nothing needs it: leave it out",
+    "load_ip_adapter": "minidiff has no IP-Adapter",
+    "load_lora_weights": "minidiff reads no LoRA: wrap the layers of pipe.unet by hand",
+    "load_textual_inversion": "minidiff reads no embeddings: give prompt_embeds",
+    "upcast_vae": "give the VAE a dtype of its own: pipe.vae.to(torch.float32)",
+}
 KINDS = ("Pipeline", "Scheduler", "Model", "Output", "Tokenizer")
 
 
@@ -57,3 +67,16 @@ def message(module: str, name: str, names: Collection[str]) -> str:
     alike = sorted(known for known in names if kind and known.endswith(kind)) or get_close_matches(name, names)
     there = f" It has {', '.join(alike)}." if alike else ""
     return f"{module} has no {name}{f': {reason}' if reason else ''}.{there} For anything else use diffusers"
+
+
+class Explains(type):
+    """The class of classes whose missing attributes are told with what to do instead: `StableDiffusionPipeline.foo`."""
+
+    def __getattr__(cls, name: str) -> Any:
+        raise AttributeError(no_attribute(cls.__name__, name, dir(cls)))
+
+
+def no_attribute(owner: str, name: str, names: Collection[str]) -> str:
+    near = get_close_matches(name, names, n=1, cutoff=0.75)
+    hint = MISSING.get(name) or (f"did you mean {near[0]}?" if near else "see dir() for what it has")
+    return f"{owner} has no {name!r}: {hint}"

@@ -392,3 +392,31 @@ def test_offloading_draws_the_same(pipe, switch):
     assert draw(offloaded, output_type="pt").equal(expected) and not moves
     with pytest.raises(ValueError, match="device='quantum' can't be used here"):
         getattr(offloaded, switch)(device="quantum")
+
+
+def test_methods_that_arent_there_are_told_on_classes_too():
+    with pytest.raises(
+        AttributeError, match="StableDiffusionPipeline has no 'from_single_file': minidiff reads folders"
+    ):
+        minidiff.StableDiffusionPipeline.from_single_file  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean from_pretrained"):
+        minidiff.AutoencoderKL.from_pretrain  # noqa: B018
+    assert not hasattr(minidiff.DDIMScheduler, "anything_else")
+
+
+def test_configs_alone(tmp_path):
+    """save_config, load_config and from_config, of a sampler and of a network, and what else a sampler's config makes."""
+    scheduler = minidiff.DDIMScheduler(beta_start=0.001, clip_sample=False)
+    scheduler.save_config(tmp_path / "scheduler")
+    assert [file.name for file in (tmp_path / "scheduler").iterdir()] == ["scheduler_config.json"]
+    values = minidiff.DDIMScheduler.load_config(tmp_path, subfolder="scheduler")
+    assert values["_class_name"] == "DDIMScheduler" and values["beta_start"] == 0.001
+    assert minidiff.DDIMScheduler.from_config(values, clip_sample=True).config.clip_sample is True
+    assert minidiff.EulerDiscreteScheduler in scheduler.compatibles
+    assert minidiff.RePaintScheduler not in scheduler.compatibles
+    for cls in scheduler.compatibles:
+        assert cls.from_config(scheduler.config).config.beta_start == 0.001
+    vae = minidiff.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    vae.save_config(tmp_path / "vae")
+    made = minidiff.AutoencoderKL.from_config(minidiff.AutoencoderKL.load_config(tmp_path / "vae"))
+    assert dict(made.config) == dict(vae.config)

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from ..missing import Explains
 from .arguments import DOWNLOADS, LOADING, SAVING, check_keywords, one_device
-from .config import Config, ConfigError
+from .config import Config, ConfigError, read_json, write_json
 from .hub import check_path, fetch
 from .push import Pushable
 from .save import reading, replacing
@@ -26,7 +27,7 @@ SAVES = ("save_directory", "variant", "safe_serialization", "max_shard_size", "i
 REGISTRY: dict[str, type["Component"]] = {}  # by the class names that folders give
 
 
-class Component(Pushable):
+class Component(Pushable, metaclass=Explains):
     """What has a folder, or a part of one: `from_pretrained` and `save_pretrained`.
 
     A subclass says its `library` in model_index.json, other class names that it answers to (`aliases`), and the
@@ -177,6 +178,27 @@ class Configured(Component, abstract=True):
         values = {key: value for key, value in values.items() if key not in defaulted}
         cls.check_own(overrides)
         return cls(cls.Config.read({**values, **overrides}))
+
+    def file_config(self) -> dict[str, Any]:
+        """What its config's file says."""
+        return {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **self.config}
+
+    def save_config(self, save_directory: str | os.PathLike) -> None:
+        """Writes the config's file alone, without any weights."""
+        check_path(save_directory, "save_directory", "a folder")
+        with replacing(Path(save_directory), {"": lambda old: {self.files[0]}}) as stages:
+            write_json(stages[""] / self.files[0], self.file_config())
+
+    @classmethod
+    def load_config(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **keywords: Any
+    ) -> dict[str, Any]:
+        """What the config's file in a folder or Hub repository says, for `from_config`; unchecked."""
+        taken = check_keywords(keywords, LOADING, cls.__name__, ("subfolder", *DOWNLOADS))
+        name = f"{subfolder}/{cls.files[0]}" if subfolder else cls.files[0]
+        folder = fetch(pretrained_model_name_or_path, lambda names: [name], name, **taken)
+        with reading(folder):
+            return read_json(folder / name)
 
     @classmethod
     def check_own(cls, arguments: Mapping[str, Any]) -> None:

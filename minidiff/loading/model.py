@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weights_compat.rules import Table
 
-from .component import FORMAT_VERSION, Configured, check_tensors
+from .component import Configured, check_tensors
 from .config import Config, LoadError, read_json, write_json
 from .switches import Switches
 from .tensors import to_ours
@@ -88,10 +88,6 @@ class Model(Configured, Switches, nn.Module, abstract=True):
                     raise ValueError(f"state_dict has {place} twice, under our name and as {name}")
                 found[place] = to_ours(change, tensor)
         return super().load_state_dict(found, strict=strict, assign=assign)
-
-    def file_config(self) -> dict[str, Any]:
-        """What config.json says."""
-        return {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **self.config}
 
     def enable_gradient_checkpointing(self) -> None:
         """Training then keeps the inputs of each level alone, and computes the rest again on the way back."""

@@ -21,18 +21,12 @@ from ..loading.hub import fetch
 from ..loading.push import Pushable
 from ..loading.save import INDEX, reading
 from ..loading.weights import which_files
+from ..missing import Explains, no_attribute
 from ..outputs import output
 from .memory import MemorySwitches
 from .run import Runs
 
 PIPELINES: dict[str, type["DiffusionPipeline"]] = {}  # by class name; each enters by being defined
-
-MISSING = {  # of the reference's pipelines: what to do instead
-    "enable_freeu": "minidiff has no FreeU; the UNet's up blocks, where it scales the skips, are in models/unet.py",
-    "fuse_qkv_projections": "nothing needs it: leave it out",
-    "load_ip_adapter": "minidiff has no IP-Adapter",
-    "upcast_vae": "give the VAE a dtype of its own: pipe.vae.to(torch.float32)",
-}
 
 
 @output
@@ -42,7 +36,7 @@ class ImageOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class DiffusionPipeline(Runs, MemorySwitches, Pushable):
+class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
     """Base of the pipelines. A subclass's `__init__` names its components, and hands them to `register_modules`.
 
     `setting_names` are the arguments of `__init__`, kept as attributes, that are no components: flags, numbers.
@@ -214,9 +208,7 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable):
     def __getattr__(self, name: str) -> Any:  # called only for what isn't there
         if name.startswith("_"):
             raise AttributeError(name)
-        near = difflib.get_close_matches(name, dir(type(self)), n=1)
-        hint = MISSING.get(name) or (f"did you mean {near[0]}?" if near else f"it has {', '.join(self._names)}")
-        raise AttributeError(f"{type(self).__name__} has no {name!r}: {hint}")
+        raise AttributeError(no_attribute(type(self).__name__, name, dir(self)))
 
     def __repr__(self) -> str:
         parts = [

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loading.component import FORMAT_VERSION, REGISTRY, Configured, check_tensors
+from ..loading.component import REGISTRY, Configured, check_tensors
 from ..loading.config import Config, Share, Width, read_json, write_json
 from ..loading.weights import Files
 from ..outputs import output
@@ -112,8 +112,12 @@ class Sampler(Configured, abstract=True):
         return cls(cls.Config.read(read_json(file), str(file)))
 
     def write_to(self, folder: Path, files: Files) -> None:
-        header = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
-        write_json(folder / "scheduler_config.json", header | dict(self.config))
+        write_json(folder / self.files[0], self.file_config())
+
+    @property
+    def compatibles(self) -> list[type["Sampler"]]:
+        """The samplers that this one's config makes too, by `from_config`: all that any pipeline can run."""
+        return sorted({cls for cls in REGISTRY.values() if issubclass(cls, Sampler) and not cls.own_loop}, key=str)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
