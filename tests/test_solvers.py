@@ -257,6 +257,23 @@ def test_what_the_solvers_cannot_do_is_said_at_once():
             cls(**config).set_timesteps(**plan)
 
 
+@pytest.mark.parametrize(
+    ("name", "order", "n", "fits"),
+    [(MULTISTEP, 2, 90, True), (MULTISTEP, 2, 150, False), (SINGLESTEP, 2, 150, True), (SINGLESTEP, 2, 151, False)],
+)
+def test_an_sde_takes_no_noise_away(name, order, n, fits):
+    """Of 150 levels of flow's the last, 0.0067, lies below the sigma_min at which the run ends, 0.01, the one before
+    above. A whole interval of singlestep's begins there; the first call of one doesn't."""
+    config = {"use_flow_sigmas": True, "algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "sigma_min"}
+    config["solver_order"] = order
+    assert reference_has_numbers(name, config, n) == fits
+    if fits:
+        getattr(m, name)(**config).set_timesteps(n)
+    else:
+        with pytest.raises(ValueError, match="goes up"):
+            getattr(m, name)(**config).set_timesteps(n)
+
+
 def test_a_learned_variance_is_left_out():
     """The reference takes the first three channels; here they are as many as the sample has."""
     predicted, sample = torch.randn(2, 6, 4, 4), torch.randn(2, 3, 4, 4)
