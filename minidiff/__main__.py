@@ -61,8 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.list or args.model is None:
         known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
         if args.list:
-            print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
-            print('One thing or two: "a fox and a cactus on a yellow background"')
+            for kind in ("things", "styles", "sizes", "places", "backgrounds"):
+                print(f"{kind.capitalize()}: {', '.join(known[kind])}")
+            print('One thing: "a small inked fox on the left on a yellow background"')
+            print('Two, side by side: "a fox and a cactus on a yellow background"')
+            print("What the prompt leaves out may be anything: -n 8 draws eight seeds")
             return 0
         warn_of_unknown_words(f"{args.prompt} {args.negative or ''}", known["words"])
 

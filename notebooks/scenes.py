@@ -5,8 +5,7 @@ in any style, anywhere, on any colour. Some scenes are never trained on; `unseen
 """
 
 import functools
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import numpy as np
 import sprites
@@ -16,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 THINGS = """
-fox · bear · panda · lion · frog · monkey · penguin · owl · bat · unicorn · bee · butterfly · snail · ladybug · spider · turtle
-snake · octopus · crab · tropical fish · whale · tiger · zebra · elephant · giraffe · cow · pig · sheep · rabbit · duck
-flamingo · cat · dog · cactus · christmas tree · palm tree · mushroom · rose · sunflower · maple leaf · red apple · lemon
-banana · watermelon · grapes · strawberry · cherries · pineapple · carrot · avocado · cheese · hamburger · french fries · pizza
-doughnut · birthday cake · ice cream · coffee · car · bus · bicycle · locomotive · rocket · sailboat · soccer ball · guitar
-die · gift · balloon · bell · key · umbrella · crown · pumpkin · ghost · robot · snowman · star · heart · house
+fox · bear · panda · lion · frog · monkey · penguin · owl · bat · unicorn · bee · butterfly · snail · ladybug
+spider · turtle · snake · octopus · crab · tropical fish · whale · tiger · zebra · elephant · giraffe · cow · pig
+sheep · rabbit · duck · flamingo · cat · dog · cactus · christmas tree · palm tree · mushroom · rose · sunflower
+maple leaf · red apple · lemon · banana · watermelon · grapes · strawberry · cherries · pineapple · carrot
+avocado · cheese · hamburger · french fries · pizza · doughnut · birthday cake · ice cream · coffee · car · bus
+bicycle · locomotive · rocket · sailboat · soccer ball · guitar · die · gift · balloon · bell · key · umbrella
+crown · pumpkin · ghost · robot · snowman · star · heart · house
 """
 THINGS = [name for line in THINGS.strip().splitlines() for name in line.split(" · ")]
 STYLES = ["flat", "glossy", "detailed", "inked"]
@@ -32,7 +32,8 @@ ALONE = -1  # in the place of the right one of two things: there is only one
 INK = 58 / 64  # of a cell is the longer side of what is drawn in it
 
 
-class Scenes(NamedTuple):
+@dataclass
+class Scenes:
     """N pictures: numbers of words, and for each of the two things how it stands."""
 
     things: Tensor  # (N, 2), left and right; the right one may be ALONE
@@ -47,7 +48,7 @@ class Scenes(NamedTuple):
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self._fields)
+        return tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def alone(self) -> Tensor:
@@ -63,7 +64,7 @@ def join(*several: Scenes) -> Scenes:
 
 @functools.cache
 def held_out() -> tuple[Tensor, Tensor]:
-    """What is never trained on, as bool (80, 10) and (80, 4, 3): of each thing one colour, and one style at one place."""
+    """Never trained on, as bool (80, 10) and (80, 4, 3): of each thing one colour, and one style at one place."""
     generator, n = np.random.default_rng(0), len(THINGS)
     colours = np.concatenate([generator.permutation(10) for _ in range(n // 10)])
     corners = np.concatenate([generator.permutation(12) for _ in range(-(-n // 12))])[:n]
@@ -248,7 +249,10 @@ def random_prompts(scenes: Scenes) -> list[str]:
 
 def words() -> list[str]:
     """Every word of every prompt, in alphabetical order."""
-    everything = {phrase(name, f"{word} ") for name in THINGS for word in (*STYLES, *SIZES)} | {
-        prompt([name], colour=colour, place=place) for name in THINGS for colour in COLOURS for place in PLACES
-    } | {phrase(name) for name in THINGS} | {"and"}
+    everything = (
+        {phrase(name, f"{word} ") for name in THINGS for word in (*STYLES, *SIZES)}
+        | {prompt([name], colour=colour, place=place) for name in THINGS for colour in COLOURS for place in PLACES}
+        | {phrase(name) for name in THINGS}
+        | {"and"}
+    )
     return sorted({word for text in everything for word in text.split()})

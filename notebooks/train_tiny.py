@@ -1,17 +1,23 @@
-"""Trains the two models in the box on a CPU: `python train_tiny.py tiny-emoji` and `python train_tiny.py tiny-ddpm`."""
+"""Trains the two models in the box on a CPU: `python train_tiny.py tiny-emoji` and `python train_tiny.py tiny-ddpm`.
+
+`python train_tiny.py --pictures DIR --out FOLDER` makes another tiny-emoji, of your own pictures.
+"""
 
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import scenes
 import sprites
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,6 +39,7 @@ BUNDLED = Path(__file__).parents[1] / "minidiff/bundled"
 SHOWN = 32  # pictures in the grids that show progress
 FASTER = torch.autocast("cpu", torch.bfloat16)  # for convolutions of many pixels; small ones are no faster in it
 POOL = 100_000  # scenes that tiny-emoji is trained on
+VIEWS = 16  # of each of your own pictures
 
 
 class Muon(torch.optim.Optimizer):
@@ -137,6 +144,7 @@ class Data(Protocol):
     """Pictures and the words for them; both tiny-emoji's scenes and a folder of pictures are such."""
 
     words: list[str]  # all that prompts are made of
+    length: int  # the most tokens of a prompt
 
     def __len__(self) -> int: ...
 
@@ -153,7 +161,7 @@ class Data(Protocol):
 class Emoji:
     """POOL random scenes: finite, so that one can look whether a picture is a copy of any."""
 
-    words = scenes.words()
+    words, length = scenes.words(), 16
 
     def __init__(self):
         self.scenes = scenes.trained(POOL)
@@ -170,6 +178,65 @@ class Emoji:
     def shown(self) -> tuple[Tensor, list[str]]:
         unseen = scenes.join(*(scenes.unseen(kind, SHOWN // 2) for kind in ("corner", "pair")))
         return scenes.render(unseen), scenes.prompts(unseen)
+
+
+class Folder:
+    """Your own pictures, as 64x64. Each is seen in VIEWS views, moved and enlarged a little, so that few suffice.
+
+    Prompts are the lines {"file_name": ..., "text": ...} of metadata.jsonl, or, where there is none, the files' names:
+    "a red boat.png", and "a red boat 2.png" or "a red boat_2.png" for another one.
+    """
+
+    length = 77
+
+    def __init__(self, folder: Path):
+        metadata = folder / "metadata.jsonl"
+        if metadata.exists():
+            entries = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+            wrong = [entry for entry in entries if {"file_name", "text"} - entry.keys()]
+            if wrong:
+                raise SystemExit(f"{metadata}: the line {wrong[0]} must have file_name and text")
+            texts = {folder / entry["file_name"]: entry["text"] for entry in entries}
+        else:
+            files = sorted(
+                file for file in folder.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+            )
+            texts = {file: re.sub(r"[\s_-]*\d*$", "", file.stem).replace("_", " ") for file in files}
+        if not texts:
+            raise SystemExit(f"{folder}: there are no pictures in it (png, jpg, webp), and no metadata.jsonl")
+        self.texts = list(texts.values())
+        self.words = sorted({word for text in self.texts for word in re.findall(r"[^\W_]+", text.lower())})
+        self.squares = torch.stack([self.square(file) for file in texts])
+        self.views = torch.rand(len(texts) * VIEWS, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    @staticmethod
+    def square(file: Path) -> Tensor:
+        """The middle of a picture, (3, 64, 64); what is transparent becomes white."""
+        with Image.open(file) as picture:
+            whole = picture.convert("RGBA")
+        paper = Image.new("RGBA", whole.size, "white")
+        paper.alpha_composite(whole)
+        fitted = ImageOps.fit(paper.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1) / 255
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def pictures(self, index: Tensor) -> Tensor:
+        x, y, zoom = self.views[index].T
+        size = 0.95 + 0.05 * zoom  # of what is seen of the square; the rest is room to move
+        zero = torch.zeros_like(size)
+        rows = [torch.stack([size, zero, (1 - size) * x], 1), torch.stack([zero, size, (1 - size) * y], 1)]
+        grid = F.affine_grid(torch.stack(rows, 1), [len(index), 3, 64, 64], align_corners=False)
+        return F.grid_sample(self.squares[index % len(self.texts)], grid, padding_mode="border", align_corners=False)
+
+    def prompts(self, index: Tensor) -> list[str]:
+        kept = (torch.rand(len(index)) >= 0.1).tolist()
+        return [self.texts[i % len(self.texts)] if keep else "" for i, keep in zip(index.tolist(), kept, strict=True)]
+
+    def shown(self) -> tuple[Tensor, list[str]]:
+        some = torch.linspace(0, len(self.texts) - 1, SHOWN).long()
+        return self.squares[some], [self.texts[i] for i in some]
 
 
 def train_vae(data: Data, steps: int, batch: int, folder: Path) -> AutoencoderKL:
@@ -226,7 +293,7 @@ def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
         return torch.cat([vae.encode(2 * batch - 1).latent_dist.mode() for batch in pictures.split(64)]).float()
 
 
-def train_tokenizer(words: list[str]) -> CLIPTokenizer:
+def train_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
     """Byte pairs until every word of the prompts is one token, in CLIP's form: its alphabet comes first.
 
     Then come the words in alphabetical order: their ids are the same in every run, the order of the merges isn't.
@@ -242,7 +309,7 @@ def train_tokenizer(words: list[str]) -> CLIPTokenizer:
         {"".join(pair) for pair in merges}, key=lambda piece: (piece.removesuffix("</w>") not in words, piece)
     )
     tokens = [*alphabet, *pieces, "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=16)
+    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=length)
 
 
 def train_unet(vae: AutoencoderKL, data: Data, steps: int, batch: int, folder: Path) -> StableDiffusionPipeline:
@@ -250,7 +317,7 @@ def train_unet(vae: AutoencoderKL, data: Data, steps: int, batch: int, folder: P
 
     Two levels of the UNet sketch x0 too, each through one layer that is thrown away afterwards: see `train_ddpm`.
     """
-    tokenizer = train_tokenizer(data.words)
+    tokenizer = train_tokenizer(data.words, data.length)
     text_encoder = CLIPTextModel.from_config(
         {
             "vocab_size": tokenizer.vocab_size,
@@ -400,9 +467,23 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     return pipe
 
 
+def save(pipe: StableDiffusionPipeline | DDPMPipeline, out: Path) -> None:
+    """Half as many bytes, and a folder that the reference loads without arguments.
+
+    It takes the text encoder, alone of all parts, in the type that its config names: float16 as saved would meet
+    float32 in the UNet.
+    """
+    pipe.to(torch.float16).save_pretrained(out)
+    config = out / "text_encoder/config.json"
+    if config.exists():
+        settings = json.loads(config.read_text()) | {"torch_dtype": "float32"}
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=["tiny-emoji", "tiny-ddpm"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=["tiny-emoji", "tiny-ddpm"], default="tiny-emoji")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="pictures of your own, for a tiny-emoji of them")
     parser.add_argument("--steps", type=int, nargs="+", help="of VAE, decoder and UNet, or of tiny-ddpm's one UNet")
     parser.add_argument("--batch", type=int, nargs="+", help="pictures a step, likewise")
     parser.add_argument(
@@ -413,20 +494,32 @@ def main() -> None:
     stages = 3 if options.model == "tiny-emoji" else 1
     if any(len(numbers) != stages for numbers in (options.steps, options.batch) if numbers):
         parser.error(f"{options.model} is trained in {stages} stage(s): --steps and --batch take a number for each")
+    if options.pictures and (options.model == "tiny-ddpm" or not options.out):
+        parser.error("--pictures needs --out, and makes a model like tiny-emoji, not like tiny-ddpm")
     torch.manual_seed(0)
-    if options.model == "tiny-emoji":
-        steps, batch = options.steps or (6500, 1000, 10_000), options.batch or (16, 16, 64)
-        data = Emoji()
-        vae = train_vae(data, steps[0], batch[0], options.runs / "tiny-emoji-vae")
-        train_decoder(vae, data, steps[1], batch[1], options.runs / "tiny-emoji-decoder")
-        pipe = train_unet(vae, data, steps[2], batch[2], options.runs / "tiny-emoji-unet")
-    else:
-        (steps,), (batch,) = options.steps or (10_000,), options.batch or (32,)
-        pipe = train_ddpm(steps, batch, options.runs / "tiny-ddpm")
     out = options.out or BUNDLED / options.model
-    pipe.to(torch.float16).save_pretrained(out)
-    if options.model == "tiny-emoji":
-        known = {"things": sprites.NAMES, "colours": list(sprites.COLOURS), "words": sprites.words()}
+    if options.model == "tiny-ddpm":
+        (steps,), (batch,) = options.steps or (10_000,), options.batch or (32,)
+        save(train_ddpm(steps, batch, options.runs / "tiny-ddpm"), out)
+        return
+    data = Folder(options.pictures) if options.pictures else Emoji()
+    runs = options.runs / (out.name if options.pictures else options.model)
+    steps, batch = (
+        options.steps or ((1500, 300, 900) if options.pictures else (5500, 900, 8500)),
+        options.batch or (16, 16, 64),
+    )
+    vae = train_vae(data, steps[0], batch[0], Path(f"{runs}-vae"))
+    train_decoder(vae, data, steps[1], batch[1], Path(f"{runs}-decoder"))
+    save(train_unet(vae, data, steps[2], batch[2], Path(f"{runs}-unet")), out)
+    if not options.pictures:
+        known = {
+            "things": scenes.THINGS,
+            "styles": scenes.STYLES,
+            "sizes": scenes.SIZES,
+            "places": list(scenes.PLACES.values()),
+            "backgrounds": scenes.COLOURS,
+            "words": scenes.words(),
+        }
         (out / "known.json").write_text(json.dumps(known) + "\n")  # for `python -m minidiff --list`
 
 

@@ -1,15 +1,15 @@
 """Renders the 160 emoji of make_sprites.py in four styles: flat.png, glossy.png, detailed.png and inked.png.
 
-Each is a sheet like sprites.png: RGBA in 256 colours, 16 cells a row, 64x64 each, in the order of names.txt. Run once; the sheets are
-committed, so nobody needs the network to train or to evaluate. To make them again, in an empty folder:
+Each is a sheet like sprites.png, in 256 colours: 16 cells a row, 64x64 each, in the order of names.txt. Run once; the
+sheets are committed, so nobody needs the network to train or to evaluate. To make them again, in an empty folder:
 
     npm pack @iconify-json/twemoji@1.2.5 @iconify-json/fluent-emoji@1.2.7 @iconify-json/noto@1.2.9 \
         @iconify-json/fluent-emoji-high-contrast@1.2.6 @iconify-json/fluent-emoji-flat@1.2.6
     pip install resvg-py scipy
     python make_styles.py .
 
-Sources: Twemoji (Twitter and contributors, CC BY 4.0), Fluent Emoji, in colour and in high contrast (Microsoft, MIT), Noto Emoji
-(Google, Apache-2.0).
+Sources: Twemoji (Twitter and contributors, CC BY 4.0), Fluent Emoji, in colour and in high contrast (Microsoft, MIT),
+Noto Emoji (Google, Apache-2.0).
 """
 
 import io
@@ -80,7 +80,9 @@ def main(packages: str) -> None:
             cell.paste(drawn, ((SIZE - drawn.width) // 2, (SIZE - drawn.height) // 2))
             cell = on_paper(cell) if style == "inked" else cell
             sheet.paste(cell, (index % COLUMNS * SIZE, index // COLUMNS * SIZE))
-        sheet.quantize(256, method=Image.Quantize.FASTOCTREE).save(Path(__file__).parent / f"{style}.png", optimize=True)
+        sheet.quantize(256, method=Image.Quantize.FASTOCTREE).save(
+            Path(__file__).parent / f"{style}.png", optimize=True
+        )
 
 
 if __name__ == "__main__":
