@@ -1,7 +1,7 @@
 """Says how good the models in the box are, and fails (exit status 1) where they are worse than promised.
 
-tiny-emoji's pictures are read by a network that was trained on renders apart (judge.py; it is trained first where there
-is none yet). tiny-ddpm's are compared to all of its renders.
+tiny-emoji's pictures are read by a network that was trained on renders apart (judge.py). tiny-ddpm's are compared to
+all of its renders.
 """
 
 import argparse

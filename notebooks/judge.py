@@ -11,11 +11,12 @@ from pathlib import Path
 import scenes
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from scenes import Scenes
 from torch import Tensor, nn
 from tqdm import tqdm
 
-FILE = Path("runs/judge.pt")  # under the working directory, as the checkpoints of training
+FILE = Path(__file__).parent / "data/judge.safetensors"
 HEADS = {  # what it says, and among how many
     "left": len(scenes.THINGS),
     "right": len(scenes.THINGS) + 1,  # the last: nothing
@@ -96,8 +97,8 @@ def train(steps: int = 1200, batch: int = 128) -> Judge:
 
 def load() -> Judge:
     judge = Judge()
-    judge.load_state_dict(torch.load(FILE))
-    return judge.float().eval()
+    judge.load_state_dict(load_file(FILE))
+    return judge.eval()
 
 
 def accuracy(judge: Judge, n: int = 4000) -> dict[str, float]:
@@ -111,8 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1200)
     options = parser.parse_args()
-    judge = train(options.steps)
-    torch.save(judge.half().state_dict(), FILE)
+    save_file({name: tensor.half().contiguous() for name, tensor in train(options.steps).state_dict().items()}, FILE)
     print({head: f"{share:.1%}" for head, share in accuracy(load()).items()})
 
 

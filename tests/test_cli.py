@@ -111,4 +111,6 @@ def test_unknown_words_are_named(tmp_path, monkeypatch, capsys):
     assert "'foxx'; did you mean fox?" in capsys.readouterr().err
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    assert "red apple" in out and "Backgrounds: " in out and '"a fox and a cactus on a yellow background"' in out
+    assert "red apple" in out and '"a fox and a cactus on a yellow background"' in out
+    assert "Styles: flat, glossy, detailed, inked" in out and "Sizes: small, large" in out and "Backgrounds: " in out
+    assert "Places: on the left, in the middle, on the right" in out
