@@ -480,6 +480,18 @@ def save(pipe: StableDiffusionPipeline | DDPMPipeline, out: Path) -> None:
         config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def known() -> dict[str, list[str]]:
+    """What tiny-emoji can be asked for, for `python -m minidiff --list` and its hints."""
+    return {
+        "things": scenes.THINGS,
+        "styles": scenes.STYLES,
+        "sizes": scenes.SIZES,
+        "places": list(scenes.PLACES.values()),
+        "backgrounds": scenes.COLOURS,
+        "words": scenes.words(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=["tiny-emoji", "tiny-ddpm"], default="tiny-emoji")
@@ -504,23 +516,13 @@ def main() -> None:
         return
     data = Folder(options.pictures) if options.pictures else Emoji()
     runs = options.runs / (out.name if options.pictures else options.model)
-    steps, batch = (
-        options.steps or ((1500, 300, 900) if options.pictures else (5500, 900, 8500)),
-        options.batch or (16, 16, 64),
-    )
+    steps = options.steps or ((1500, 300, 900) if options.pictures else (5500, 900, 4600))
+    batch = options.batch or (16, 16, 96)
     vae = train_vae(data, steps[0], batch[0], Path(f"{runs}-vae"))
     train_decoder(vae, data, steps[1], batch[1], Path(f"{runs}-decoder"))
     save(train_unet(vae, data, steps[2], batch[2], Path(f"{runs}-unet")), out)
     if not options.pictures:
-        known = {
-            "things": scenes.THINGS,
-            "styles": scenes.STYLES,
-            "sizes": scenes.SIZES,
-            "places": list(scenes.PLACES.values()),
-            "backgrounds": scenes.COLOURS,
-            "words": scenes.words(),
-        }
-        (out / "known.json").write_text(json.dumps(known) + "\n")  # for `python -m minidiff --list`
+        (out / "known.json").write_text(json.dumps(known()) + "\n")
 
 
 if __name__ == "__main__":
