@@ -360,14 +360,13 @@ def train_unet(vae: AutoencoderKL, data: Data, steps: int, batch: int, folder: P
         even = (torch.arange(batch) + torch.rand(batch)) / batch  # one from each equal share
         middle = torch.sigmoid(torch.special.ndtri(even) - 0.2)  # where noise hides some of the picture
         t = (1000 * torch.where(torch.arange(batch) % 2 == 0, even, middle)).long().clamp(max=999)
-        x0, noise, alpha_bar = latents[index], torch.randn(batch, 16, 8, 8), scheduler.alphas_cumprod[t]
+        x0, noise = latents[index], torch.randn(batch, 16, 8, 8)
         states = text_encoder(tokens).last_hidden_state
         predicted = unet(scheduler.add_noise(x0, noise, t), t, states).sample
         sketches = 0.0
         for stage, layer, n in zip(stages, sketch, stages.values(), strict=True):
-            error = (F.pixel_shuffle(layer(gave[stage]), n) - x0).square().mean(dim=(1, 2, 3))
-            sketches += (error / (1 - alpha_bar).clamp(min=0.1)).mean()
-        return F.mse_loss(predicted, scheduler.get_velocity(x0, noise, t)) + 0.2 * sketches
+            sketches += F.mse_loss(F.pixel_shuffle(layer(gave[stage]), n), x0)
+        return F.mse_loss(predicted, scheduler.get_velocity(x0, noise, t)) + 0.3 * sketches
 
     vae.config = vae.Config.read({**vae.config, "scaling_factor": scaling_factor})
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, requires_safety_checker=False)
@@ -516,8 +515,8 @@ def main() -> None:
         return
     data = Folder(options.pictures) if options.pictures else Emoji()
     runs = options.runs / (out.name if options.pictures else options.model)
-    steps = options.steps or ((1500, 300, 900) if options.pictures else (5500, 900, 4600))
-    batch = options.batch or (16, 16, 96)
+    steps = options.steps or ((1500, 300, 900) if options.pictures else (5500, 900, 6000))
+    batch = options.batch or (16, 16, 64)
     vae = train_vae(data, steps[0], batch[0], Path(f"{runs}-vae"))
     train_decoder(vae, data, steps[1], batch[1], Path(f"{runs}-decoder"))
     save(train_unet(vae, data, steps[2], batch[2], Path(f"{runs}-unet")), out)
