@@ -61,11 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.list or args.model is None:
         known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
         if args.list:
-            for kind in ("things", "styles", "sizes", "places", "backgrounds"):
-                print(f"{kind.capitalize()}: {', '.join(known[kind])}")
-            print('One thing: "a small inked fox on the left on a yellow background"')
-            print('Two, side by side: "a fox and a cactus on a yellow background"')
-            print("What the prompt leaves out may be anything: -n 8 draws eight seeds")
+            for kind, those in known.items():
+                if kind != "words":  # all that the other lists are made of, and small ones
+                    print(f"{kind.capitalize()}: {', '.join(those)}")
+            print('One thing or two: "a fox and a cactus on a yellow background"')
+            print("What a prompt leaves out may be anything: another seed, another picture (-n 8 draws eight)")
             return 0
         warn_of_unknown_words(f"{args.prompt} {args.negative or ''}", known["words"])
 

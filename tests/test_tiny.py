@@ -196,6 +196,9 @@ def test_training_runs_resumes_and_leaves_a_pipeline(model, stages, tmp_path, mo
     assert all(steps == 2 and seconds > before for (steps, seconds), (_, before) in zip(train(2), first, strict=True))
     pipe = minidiff.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(pipe).__name__ == ("StableDiffusionPipeline" if model == "tiny-emoji" else "DDPMPipeline")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    parts = [part for part in theirs.components.values() if isinstance(part, torch.nn.Module)]
+    assert parts and all(part.dtype == torch.float32 for part in parts)  # they work together
 
 
 @pytest.mark.parametrize("metadata", [True, False])
