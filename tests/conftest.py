@@ -106,6 +106,7 @@ def tiny_sd_folder(tmp_path_factory):
         tokenizer=tiny_tokenizer(),
         unet=seeded(tiny_unet2d_condition),
         scheduler=m.PNDMScheduler(**STABLE_DIFFUSION),
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
 

@@ -395,9 +395,7 @@ def test_offloading_draws_the_same(pipe, switch):
 
 
 def test_methods_that_arent_there_are_told_on_classes_too():
-    with pytest.raises(
-        AttributeError, match="has no 'from_single_file': minidiff reads folders"
-    ):
+    with pytest.raises(AttributeError, match="has no 'from_single_file': minidiff reads folders"):
         minidiff.StableDiffusionPipeline.from_single_file  # noqa: B018
     with pytest.raises(AttributeError, match="did you mean from_pretrained"):
         minidiff.AutoencoderKL.from_pretrain  # noqa: B018

@@ -89,7 +89,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
         x = x + slope * (sigma_next - sigma_hat)
         return self._leave(x.to(model_output.dtype), x0, return_dict)
 
-    def _vp_levels_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def _vp_levels_at(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For `get_velocity`. Right would be the level at the timestep's place in the grid, as other samplers have it.
         The reference looks that place up in the table of alpha_bar, which runs the other way: from no noise to much."""
-        return Scheduler._levels_at(self, torch.tensor([self.index_for_timestep(t) for t in timesteps]))
+        return Scheduler._levels_at(self, torch.tensor([self.index_for_timestep(t) for t in timesteps]), dtype)
