@@ -126,7 +126,11 @@ MUTANTS = [
     (DEIS, "rho[k + 1 :] + rho[1:k]", "rho[1:k] + rho[k + 1 :]"),
     (DEIS, "t * (-c + log_t - 1)", "t * (-c + log_t + 1)"),
     # state that isn't cleared
-    (PNDM, "        self.counter = 0  # of calls to step", "        self.counter = getattr(self, 'counter', 0)"),
+    (
+        PNDM,
+        "        self.counter = 0  # of calls to step",
+        "        self.counter = getattr(self, 'counter', 0)  # of calls",
+    ),
     (BASE, "self.history: tuple[Tensor, ...] = ()", "self.history = getattr(self, 'history', ())"),
     # the other samplers, and what they brought to the base
     (BASE, "if self.alphas_cumprod[t] == 0", "if self.alphas_cumprod[t] == 1"),
