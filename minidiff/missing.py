@@ -21,7 +21,7 @@ REASONS = {
     "Audio Music 1D Spectrogram": "minidiff draws pictures, no sound",
     "Flux Diffusion3 SD3 DiT Transformer PixArt Sana Qwen Lumina AuraFlow Chroma HiDream Cosmos Kolors ZImage": OTHERS,
     "Kandinsky UnCLIP Wuerstchen Cascade Shap IFPipeline IFImg IFIn Amused VQ LDM Latte Paint Marigold BLIP": OTHERS,
-    "Autoencoder": "of autoencoders minidiff has AutoencoderKL, that of Stable Diffusion",
+    "Autoencoder": "of autoencoders minidiff has AutoencoderKL, AutoencoderTiny and VQModel",
 }
 # Methods and attributes of its pipelines and models: what to do instead
 MISSING = {
