@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import inspect
 import json
 import re
 import sys
@@ -111,8 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model = minidiff.bundled(BUNDLED) if args.bundled else args.model
         pipe = minidiff.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant=args.variant)
-        if not isinstance(pipe, minidiff.StableDiffusionPipeline):
-            raise ValueError(f"{args.model}: a {type(pipe).__name__} draws without a prompt; call it from Python")
+        takes = inspect.signature(type(pipe).__call__).parameters
+        if "prompt" not in takes or "image" in takes:
+            what = "a picture" if "prompt" in takes else "no prompt"
+            raise ValueError(f"{args.model}: a {type(pipe).__name__} takes {what}; call it from Python")
         if args.scheduler or args.karras:
             name, keys = SCHEDULERS[args.scheduler] if args.scheduler else (type(pipe.scheduler).__name__, {})
             keys = keys | ({"use_karras_sigmas": True} if args.karras else {})
@@ -121,8 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
         started = time.perf_counter()
         images = pipe(
             args.prompt,
-            args.height,
-            args.width,
+            height=args.height,
+            width=args.width,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             negative_prompt=args.negative,

@@ -93,7 +93,7 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(draw, arguments):
 
 def test_a_pipeline_without_a_prompt(draw, tiny_ddpm_folder, capsys):
     assert draw("--model", str(tiny_ddpm_folder)) == 1
-    assert "a DDPMPipeline draws without a prompt" in capsys.readouterr().err
+    assert "a DDPMPipeline takes no prompt" in capsys.readouterr().err
 
 
 def test_the_bundled_model_draws_what_the_prompt_says(tmp_path, monkeypatch, capsys):
@@ -175,7 +175,7 @@ def test_a_picture_is_written_whole_or_not_at_all(draw, tmp_path, capsys, monkey
 
 
 def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch):
-    def overflow(*args, **kwargs):
+    def overflow(self, prompt, **kwargs):
         raise FloatingPointError("the sample isn't finite after step 1")
 
     monkeypatch.setattr(minidiff.StableDiffusionPipeline, "__call__", overflow)

@@ -55,3 +55,10 @@ def test_every_sampler_draws_what_the_references_does(ours, reference, name):
 def test_a_model_of_the_reference_serves_in_our_pipeline(ours, reference):
     pipe = minidiff.StableDiffusionPipeline(**{**ours.components, "unet": reference.unet})
     assert np.abs(draw(pipe) - draw(ours)).max() < PICTURE
+
+
+def test_a_scheduler_of_the_reference_serves_in_our_constructor(ours):
+    scheduler = diffusers.DDIMScheduler.from_config(dict(ours.scheduler.config), steps_offset=0)
+    pipe = minidiff.StableDiffusionPipeline(**{**ours.components, "scheduler": scheduler})
+    assert pipe.scheduler.config["steps_offset"] == 1  # mended, as the reference does
+    assert np.isfinite(draw(pipe)).all()

@@ -89,6 +89,22 @@ def test_a_run_inside_its_own_callback(pipe):
     assert pipe.num_timesteps == len(pipe.scheduler.timesteps) == 5  # PNDM's four steps, of the outer run
 
 
+def test_a_run_inside_a_run_inside_a_run(pipe):
+    """On its view, twice: each takes a scheduler of its own."""
+    other = with_sampler(pipe, "EulerDiscreteScheduler")
+    expected, drawn = [draw(other, seed, 3 + seed) for seed in range(3)], {}
+
+    def at(depth):
+        def inside(run, i, t, tensors):
+            if i == 1:
+                drawn[depth] = draw(run, depth, 3 + depth, callback_on_step_end=at(depth + 1) if depth < 2 else None)
+
+        return inside
+
+    assert draw(other, 0, 3, callback_on_step_end=at(1)).equal(expected[0])
+    assert drawn[1].equal(expected[1]) and drawn[2].equal(expected[2])
+
+
 def test_copies_and_pickles_draw_the_same(pipe):
     expected, copies = draw(pipe), []
 
@@ -204,6 +220,7 @@ def test_returned_negative_prompt_embeds_are_taken_over(pipe):
         ({"latent": torch.zeros(1)}, "returned 'latent', which is none of latents, prompt_embeds"),
         ({"latents": torch.zeros(1, 4, 4, 8)}, "returned latents of shape"),
         ({"latents": None}, "latents must be a tensor"),
+        ([1], "must return a dict or None"),
         ({"prompt_embeds": torch.zeros(3, 16, 8)}, "prompt_embeds has 3 rows"),
     ],
 )
@@ -276,6 +293,24 @@ def test_components_of_different_dtypes(pipe):
     assert picture.dtype == torch.float32 and (picture - expected).abs().max() < 0.02  # latents rounded once more
     given = torch.randn(latents.shape, generator=seeded(), dtype=torch.float64)
     assert draw(mixed, steps=2, latents=given).dtype == torch.bfloat16
+
+
+def test_components_on_different_devices(pipe):
+    """The loop runs where the UNet is. The meta device, where nothing can be computed, stands for another one."""
+    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
+    apart = minidiff.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    apart.set_progress_bar_config(disable=True)
+    states, negatives = apart.encode_prompt("a red apple")
+    expected = draw(apart, steps=2)
+    apart.text_encoder.to("meta")
+    apart.vae.to("meta")
+    given = {"prompt_embeds": states, "negative_prompt_embeds": negatives, "num_inference_steps": 2}
+    assert apart(**given, generator=seeded(), output_type="latent").images.equal(expected)
+    moved, decode = [], apart.vae.decode
+    apart.vae.decode = lambda z: (moved.append(z.device.type), decode(z))[1]
+    with pytest.raises((NotImplementedError, RuntimeError)):  # a picture of nothing
+        apart(**given, generator=seeded())
+    assert moved == ["meta"]
 
 
 def test_numbers_of_any_integer_type(pipe):

@@ -697,3 +697,13 @@ def test_configs_go_through_other_samplers(name):
         assert dict(getattr(m, name).from_config(swapped.config).config) == dict(ours.config)
         theirs = getattr(diffusers, other).from_config(getattr(diffusers, name).from_config(dict(ours.config)).config)
         assert all(swapped.config[key] == value for key, value in theirs.config.items() if key in swapped.config)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_more_betas_than_timesteps_are_used_from_their_start(name):
+    betas = torch.linspace(0.001, 0.02, 1000).tolist()
+    scheduler = getattr(m, name)(trained_betas=betas, num_train_timesteps=500)
+    scheduler.set_timesteps(10)
+    reference = getattr(diffusers, name)(trained_betas=betas, num_train_timesteps=500)
+    reference.set_timesteps(10)
+    assert scheduler.sigmas.equal(reference.sigmas) and scheduler.timesteps.equal(reference.timesteps)

@@ -18,7 +18,7 @@ from .config import Config, ConfigError, read_json, write_json
 from .hub import check_path, fetch
 from .push import Pushable
 from .save import reading, replacing
-from .weights import Files, check_variant, replaced, wanted, which_files
+from .weights import Files, check_variant, one_dtype, replaced, wanted, which_files
 
 FORMAT_VERSION = "0.42.0"  # of diffusers, whose folder layout this is
 
@@ -89,7 +89,7 @@ class Component(Pushable, metaclass=Explains):
         Raises LoadError for a missing or damaged file, ConfigError for a key or value that isn't supported, TypeError
         for an unknown argument, ValueError for a value that isn't supported.
         """
-        files, device = which_files(dtype or torch_dtype, variant, use_safetensors), one_device(device_map)
+        files, device = which_files(one_dtype(dtype, torch_dtype), variant, use_safetensors), one_device(device_map)
         own = [key for key in cls.own_keys() if key not in DOWNLOADS]
         known = ("subfolder", "torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
         taken = check_keywords(keywords, LOADING, cls.__name__, (*known, *own))

@@ -35,6 +35,13 @@ class Files(NamedTuple):
     max_shard_size: int | str = "10GB"
 
 
+def one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """`torch_dtype` is the older name. Raises ValueError where the two say different things."""
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype}, its older name, differ: give one")
+    return torch_dtype if dtype is None else dtype
+
+
 def which_files(dtype: torch.dtype | str | None, variant: str | None, use_safetensors: bool | None) -> Files:
     """Checks these arguments of `from_pretrained`. Raises ValueError or TypeError."""
     if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -666,6 +666,8 @@ class UNet2DConditionModel(UNet):
         temb = self.embed_timestep(sample, timestep, timestep_cond) + self.embed_class(sample, class_labels)
         if self.config.addition_embed_type == "text_time":
             temb = temb + self.embed_added(sample, added_cond_kwargs)
+        elif added_cond_kwargs:
+            raise ValueError("added_cond_kwargs was given, but this UNet has no addition_embed_type: leave it out")
         out = self.denoise(sample, temb, states)
         return UNetOutput(out) if return_dict else (out,)
 

@@ -183,7 +183,7 @@ class AutoencoderConfig(AutoencoderBase):
 class AutoencoderKL(Model):
     """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
 
-    The latents come as the encoder makes them; pipelines apply `config.scaling_factor` and `config.shift_factor`.
+    The latents come as the encoder makes them; pipelines apply `config.scaling_factor`.
 
     `enable_slicing` takes one picture after another, `enable_tiling` one tile (see tiling.py): less memory for a batch,
     and for a large picture. A tile is `tile_sample_min_size` pixels or `tile_latent_min_size` latents wide and high.

@@ -20,10 +20,10 @@ from ..loading.folder import load_components, save_components, wanted_by_pipelin
 from ..loading.hub import fetch
 from ..loading.push import Pushable
 from ..loading.save import INDEX, reading
-from ..loading.weights import which_files
+from ..loading.weights import one_dtype, which_files
 from ..missing import Explains, no_attribute
 from ..outputs import output
-from .memory import MemorySwitches
+from .memory import MemorySwitches, device_of
 from .run import Runs
 
 PIPELINES: dict[str, type["DiffusionPipeline"]] = {}  # by class name; each enters by being defined
@@ -102,7 +102,7 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
         Raises LoadError for a missing or damaged file, ConfigError for a key or value in one that isn't supported,
         TypeError for an argument that is neither known nor a component of the pipeline.
         """
-        files, device = which_files(dtype or torch_dtype, variant, use_safetensors), one_device(device_map)
+        files, device = which_files(one_dtype(dtype, torch_dtype), variant, use_safetensors), one_device(device_map)
         hub = {name: keywords.pop(name) for name in DOWNLOADS if name in keywords}
         given = {name: value for name, value in keywords.items() if name not in LOADING}
 
@@ -189,8 +189,8 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
 
     @property
     def _execution_device(self) -> torch.device:
-        """Where the models compute, which isn't where they are while they are offloaded."""
-        return self._offload_device or self.device
+        """Where the loop runs: the UNet's device. Other components may have devices of their own."""
+        return device_of(self.unet)
 
     def _models(self) -> list[nn.Module]:
         return [component for component in self.components.values() if isinstance(component, nn.Module)]

@@ -7,7 +7,7 @@ given), what lies **beside** the latents in the network's input, what the networ
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,7 +202,10 @@ class Callback:
         if self.function is None:
             return
         seen = {name: tensors.get(name) for name in self.named}
-        changed = self.function(run, i, t, dict(seen)) or {}
+        changed = self.function(run, i, t, dict(seen))
+        if not isinstance(changed, Mapping | None):
+            raise TypeError(f"callback_on_step_end must return a dict or None, but returned {changed!r}")
+        changed = changed or {}
         for name, value in changed.items():
             if name not in self.known:
                 raise ValueError(f"callback_on_step_end returned {name!r}, which is none of {', '.join(self.known)}")

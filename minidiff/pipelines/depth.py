@@ -18,6 +18,7 @@ from ..schedulers.base import Sampler
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import Callback, denoise, plan, start_midway
 from .latents import check_pictures, picture_latents, repeated
+from .memory import device_of
 from .prompt import read_text
 from .stable_diffusion import StableDiffusion, check_call
 
@@ -123,9 +124,11 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusion):
         if self.depth_estimator is None or self.feature_extractor is None:
             raise ValueError("depth_map must be given: the pipeline has no depth_estimator with a feature_extractor")
         images = list(image) if isinstance(image, list | tuple | Tensor) or hasattr(image, "shape") else [image]
-        seen = self.feature_extractor(images=images, return_tensors="pt").pixel_values.to(device, dtype)
+        seen = self.feature_extractor(images=images, return_tensors="pt").pixel_values.to(
+            device_of(self.depth_estimator), dtype
+        )
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return self.depth_estimator(seen).predicted_depth
+            return self.depth_estimator(seen).predicted_depth.to(device)
 
 
 def as_mask(depth_map: Tensor, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from ..noise import Generators
 from ..schedulers.base import Sampler
 from .denoise import Callback, denoise, plan
 from .latents import first_latents
+from .memory import device_of
 from .prompt import read_text
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, check_call
 
@@ -80,7 +81,8 @@ class StableDiffusionImageVariationPipeline(StableDiffusion):
         with self.running(guidance_scale=guidance_scale) as run:
             timesteps = plan(run.scheduler, num_inference_steps, None, None)
             device, dtype, factor = run._execution_device, run.unet.dtype, run.vae.factor
-            states = run.image_encoder(seen.to(device, run.image_encoder.dtype)).image_embeds[:, None].to(dtype)
+            seen = seen.to(device_of(run.image_encoder), run.image_encoder.dtype)
+            states = run.image_encoder(seen).image_embeds[:, None].to(device, dtype)
             states = states.repeat_interleave(count, dim=0)  # (B, 1, C)
             guided = run.do_classifier_free_guidance
             tensors = {"prompt_embeds": torch.cat([torch.zeros_like(states), states]) if guided else states}

@@ -99,7 +99,9 @@ class Inpainting(StableDiffusion):
             raise ValueError(f'output_type={output_type!r} must be "pil" for padding_mask_crop')
         if image.size != mask_image.size:
             raise ValueError(f"mask_image is {mask_image.size}, image {image.size}: they must agree to be cropped")
-        return self.mask_processor.get_crop_region(mask_image, width, height, as_integer(padding, "padding_mask_crop"))
+        if as_integer(padding, "padding_mask_crop") < 0:
+            raise ValueError(f"padding_mask_crop={padding} must be 0 or more")
+        return self.mask_processor.get_crop_region(mask_image, width, height, int(padding))
 
     def _pictures(
         self,

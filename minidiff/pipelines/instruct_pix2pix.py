@@ -15,6 +15,7 @@ from ..schedulers.base import check_number
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan
 from .latents import check_pictures, first_latents, repeated
+from .memory import device_of
 from .prompt import read_text
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, check_call
 
@@ -94,7 +95,7 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusion):
             # The mode, not a sample, and without the VAE's scale: so the UNet was trained
             known_latents = pictures
             if pictures.shape[1] == run.vae.config.in_channels:
-                known_latents = run.vae.encode(pictures.to(device, run.vae.dtype)).latent_dist.mode()
+                known_latents = run.vae.encode(pictures.to(device_of(run.vae), run.vae.dtype)).latent_dist.mode()
             known_latents = repeated("image", known_latents, B).to(device, dtype)
             beside = [known_latents, known_latents, torch.zeros_like(known_latents)] if guided else [known_latents]
             tensors["image_latents"] = torch.cat(beside)

@@ -14,6 +14,7 @@ from ..schedulers.base import Scheduler, as_integer, check_number
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import denoise, plan
 from .latents import first_latents
+from .memory import device_of
 
 IN_PIXELS = ("pil", "np", "pt")
 
@@ -52,7 +53,9 @@ class LDMPipeline(DiffusionPipeline):
             device, dtype, sigma = run._execution_device, run.unet.dtype, run.scheduler.init_noise_sigma
             tensors = {"latents": first_latents(shape, generator, None, device, dtype, sigma)}
             latents = denoise(run, tensors, timesteps, eta=eta)
-            pictures = run.vqvae.decode((latents / run.vqvae.config.scaling_factor).to(run.vqvae.dtype)).sample
+            pictures = run.vqvae.decode(
+                (latents / run.vqvae.config.scaling_factor).to(device_of(run.vqvae), run.vqvae.dtype)
+            ).sample
         result = ImageOutput(to_output(pictures, output_type))
         return result if return_dict else tuple(result)
 
@@ -109,6 +112,6 @@ class LDMSuperResolutionPipeline(DiffusionPipeline):
 
             latents = denoise(run, tensors, timesteps, beside=beside, eta=eta)
             # No scaling factor: the super-resolution model was trained on latents as they are
-            pictures = run.vqvae.decode(latents.to(run.vqvae.dtype)).sample
+            pictures = run.vqvae.decode(latents.to(device_of(run.vqvae), run.vqvae.dtype)).sample
         result = ImageOutput(to_output(pictures, output_type))
         return result if return_dict else tuple(result)

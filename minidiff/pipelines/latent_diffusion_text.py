@@ -10,6 +10,7 @@ from ..schedulers.base import Scheduler, as_integer, check_number
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import denoise, plan
 from .latents import first_noise
+from .memory import device_of
 from .prompt import as_texts, read_text
 
 LENGTH = 77  # of a text, in tokens
@@ -76,11 +77,13 @@ class LDMTextToImagePipeline(DiffusionPipeline):
             device, dtype = run._execution_device, run.unet.dtype
             both = [""] * len(texts) + texts if run.do_classifier_free_guidance else texts
             options = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
-            states = run.bert(run.tokenizer(both, **options).input_ids.to(device))[0]
+            states = run.bert(run.tokenizer(both, **options).input_ids.to(device_of(run.bert)))[0].to(device)
             shape = (len(texts), run.unet.config.in_channels, *sizes)
             noise = first_noise(shape, generator, latents, device, dtype)
             tensors = {"latents": noise, "prompt_embeds": states.to(dtype)}
             latents = denoise(run, tensors, timesteps, told=read_text, eta=eta)
-            pictures = run.vqvae.decode((latents / run.vqvae.config.scaling_factor).to(run.vqvae.dtype)).sample
+            pictures = run.vqvae.decode(
+                (latents / run.vqvae.config.scaling_factor).to(device_of(run.vqvae), run.vqvae.dtype)
+            ).sample
         result = ImageOutput(to_output(pictures, output_type))
         return result if return_dict else tuple(result)

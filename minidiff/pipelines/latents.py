@@ -1,5 +1,6 @@
 """Latents: the first noise, and the way from pictures to latents and back, which alone knows the VAE's scale."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from torch import Tensor
 from ..loading.component import check_tensors
 from ..models import AutoencoderKL
 from ..noise import Generators, randn_tensor
+from .memory import device_of
+
+UPCAST = threading.RLock()  # held where a VAE, which threads share, may have another dtype than its own
 
 
 class LatentsAs(NamedTuple):
@@ -72,16 +76,22 @@ def check_pictures(name: str, given: Any, pictures: Tensor, vae: AutoencoderKL) 
 
 
 @contextmanager
-def computing(vae: AutoencoderKL, upcast: bool) -> Iterator[None]:
-    """Within, the VAE is in float32 if `upcast`."""
-    dtype = vae.dtype
-    if upcast:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
+def computing(vae: AutoencoderKL, latents_as: LatentsAs, half_alone: bool = False) -> Iterator[torch.dtype]:
+    """Within, XL's VAE is in float32 if its config asks for that (with `half_alone`, only if it is in float16), and
+    threads take turns, since it is the pipeline's. Gives its own dtype."""
+    if not latents_as.upcast:
+        yield vae.dtype
+        return
+    with UPCAST:
+        dtype = vae.dtype
+        upcast = vae.config.force_upcast and (dtype == torch.float16 or not half_alone)
         if upcast:
-            vae.to(dtype)
+            vae.to(torch.float32)
+        try:
+            yield dtype
+        finally:
+            if upcast:
+                vae.to(dtype)
 
 
 def statistics(vae: AutoencoderKL, read: bool, like: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -104,12 +114,11 @@ def encode_pictures(
     if pictures.shape[1] == vae.config.latent_channels:
         return pictures.to(device)
     generator = generator[: len(pictures)] if isinstance(generator, list | tuple) else generator
-    dtype = vae.dtype
-    with computing(vae, latents_as.upcast and vae.config.force_upcast):
-        encoded = vae.encode(pictures.to(device, vae.dtype))
+    with computing(vae, latents_as) as dtype:
+        encoded = vae.encode(pictures.to(device_of(vae), vae.dtype))
         # AutoencoderTiny has the latents themselves
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.sample(generator)
-        latents = latents.to(dtype)
+        latents = latents.to(device, dtype)
     known = statistics(vae, latents_as.normed, latents)
     if known is None:
         return latents * vae.config.scaling_factor
@@ -142,11 +151,11 @@ def picture_latents(
 
 def decode_latents(vae: AutoencoderKL, latents: Tensor, device: torch.device, latents_as: LatentsAs = PLAIN) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1], before any clamp. The VAE may have a dtype of its own."""
-    with computing(vae, latents_as.upcast and vae.config.force_upcast and vae.dtype == torch.float16):
+    with computing(vae, latents_as, half_alone=True):
         latents = latents.to(torch.float32) if vae.dtype == torch.float32 else latents
         known = statistics(vae, latents_as.normed, latents)
         if known is None:
             latents = latents / vae.config.scaling_factor
         else:
             latents = latents * known[1] / vae.config.scaling_factor + known[0]
-        return vae.decode(latents.to(device, vae.dtype)).sample
+        return vae.decode(latents.to(device_of(vae), vae.dtype)).sample

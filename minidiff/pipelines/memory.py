@@ -56,6 +56,8 @@ class MemorySwitches:
         """Ends the offloading. The models stay where they are: `to` moves them."""
         for handle in self._hooks:
             handle.remove()
+        for model in self._models():
+            vars(model).pop("computes_on", None)
         self._hooks, self._offload_device = [], None
 
     def _offload(self, how: Callable, gpu_id: int | None, device: torch.device | str) -> None:
@@ -66,6 +68,13 @@ class MemorySwitches:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={str(device)!r} can't be used here: {str(error).splitlines()[0]}") from None
         self._hooks, self._offload_device = how(self._models(), chosen), chosen
+        for model in self._models():
+            model.computes_on = chosen
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes, which isn't where it is while it is offloaded."""
+    return getattr(model, "computes_on", None) or next(model.parameters()).device
 
 
 def offload_models(models: list[nn.Module], device: torch.device) -> Handles:

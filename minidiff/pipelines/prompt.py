@@ -11,6 +11,7 @@ from ..loading.component import check_tensors
 from ..models import CLIPTextModel, CLIPTokenizer
 from ..models.unet import timestep_embedding
 from ..schedulers.base import as_integer
+from .memory import device_of
 
 
 def as_texts(name: str, value: str | list[str]) -> list[str]:
@@ -38,12 +39,12 @@ def encode_texts(
     length: int | None = None,
 ) -> Tensor:
     """(texts, L, hidden_size); texts are cut or padded to `length` tokens, by default the tokenizer's."""
-    ids = token_ids(tokenizer, texts, length).to(device)
+    ids = token_ids(tokenizer, texts, length).to(device_of(text_encoder))
     if clip_skip is None:
-        return text_encoder(ids).last_hidden_state
+        return text_encoder(ids).last_hidden_state.to(device)
     # The last norm is applied to whichever layer's states are taken: the UNet was trained on normed states
     states = text_encoder(ids, output_hidden_states=True).hidden_states
-    return text_encoder.final_layer_norm(states[-(clip_skip + 1)])
+    return text_encoder.final_layer_norm(states[-(clip_skip + 1)]).to(device)
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = None) -> Tensor:
@@ -79,6 +80,9 @@ def encode_prompt(
         raise ValueError("give either negative_prompt or negative_prompt_embeds, and not both")
     given = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
     check_tensors(**{name: value for name, value in given.items() if value is not None})
+    for name, value in given.items():
+        if value is not None and value.ndim != 3:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have (prompts, length, hidden_size)")
     clip_skip = check_clip_skip(clip_skip, text_encoder)
     if clip_skip is not None and prompt is None:
         warnings.warn("clip_skip has no effect beside prompt_embeds, which are taken as they are", stacklevel=3)
@@ -88,7 +92,7 @@ def encode_prompt(
     if prompt_embeds is None:
         texts = as_texts("prompt", prompt)
         prompt_embeds = encode_texts(tokenizer, text_encoder, texts, device, clip_skip)
-    negatives = as_texts("negative_prompt", negative_prompt or "")
+    negatives = as_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
     negatives = negatives * len(prompt_embeds) if len(negatives) == 1 else negatives
     if len(negatives) != len(prompt_embeds):
         raise ValueError(f"negative_prompt has {len(negatives)} texts for {len(prompt_embeds)} prompts")

@@ -33,15 +33,15 @@ class Runs:
         vars(run).update({f"_{name}": value for name, value in settings.items()})
         if not self._runs:
             self._stopped = False
-        self._runs.append(run)
         mine = BUSY.setdefault(id(scheduler), run) is run
         run.scheduler = scheduler if mine else _twin(scheduler)
+        BUSY[id(run.scheduler)] = run  # of a twin too: a run inside this one's callback takes a twin of that
+        self._runs.append(run)
         try:
             yield run
         finally:
             self._runs.remove(run)
-            if mine:
-                del BUSY[id(scheduler)]
+            del BUSY[id(run.scheduler)]
         if not self._is_run:  # else a run inside a callback, which changes nothing for the outer one
             vars(self).update({f"_{name}": getattr(run, f"_{name}") for name in (*settings, "num_timesteps")})
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..image_processor import VaeImageProcessor
 from ..images import check_finite_pictures, check_output_type, to_pil
+from ..loading.config import Config
 from ..models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -31,6 +32,7 @@ from ..schedulers.base import Sampler, as_integer, check_number
 from .base import DiffusionPipeline
 from .denoise import Tensors
 from .latents import PLAIN, LatentsAs, decode_latents
+from .memory import device_of
 from .prompt import encode_prompt, guidance_waves
 
 BESIDE = {  # channels beside the latents in a UNet's input: what they are, and whose they are
@@ -58,8 +60,8 @@ class StableDiffusion(DiffusionPipeline):
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
     beside: ClassVar[tuple[int, ...]] = (0,)  # how many channels the UNet may have beside the latents
     latents_as: ClassVar[LatentsAs] = PLAIN
-    # Folders from 2022 lack keys of the scheduler, whose defaults are wrong for Stable Diffusion. The reference mends
-    # them too
+    # Folders from 2022 lack keys of the scheduler, or have them wrong for Stable Diffusion. The reference mends them
+    # too. A scheduler that is set later is taken as it is
     scheduler_mends: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     mends_sample_size: ClassVar[bool] = True
 
@@ -111,7 +113,8 @@ class StableDiffusion(DiffusionPipeline):
             )
         config = self.scheduler.config
         if mended := {key: to for key, to in self.scheduler_mends.items() if config.get(key, to) != to}:
-            self.scheduler = type(self.scheduler).from_config({**config.explicit(), **mended})
+            named = config.explicit() if isinstance(config, Config) else config  # the reference's has none
+            self.scheduler = type(self.scheduler).from_config({**named, **mended})
         if self.mends_sample_size:
             mend_sample_size(self.unet)
         self.vae_scale_factor = self.vae.factor
@@ -202,7 +205,7 @@ class StableDiffusion(DiffusionPipeline):
         if self.safety_checker is None:
             return image, None
         pictures = self.image_processor.postprocess(image) if isinstance(image, Tensor) else to_pil(image)
-        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device)
+        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device_of(self.safety_checker))
         dtype = getattr(self.safety_checker, "dtype", dtype)
         return self.safety_checker(images=image, clip_input=seen.to(dtype))
 

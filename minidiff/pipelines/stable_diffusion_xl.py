@@ -28,6 +28,7 @@ from ..outputs import output
 from ..schedulers.base import Scheduler
 from .denoise import Tensors
 from .latents import XL, decode_latents
+from .memory import device_of
 from .prompt import as_texts, check_clip_skip, read_text, token_ids
 from .stable_diffusion import StableDiffusion
 
@@ -115,6 +116,8 @@ class StableDiffusionXL(StableDiffusion):
         if not guided and (negative_prompt or negative_prompt_embeds is not None):
             warnings.warn("the negative prompt has no effect: guidance_scale is 1 or less", stacklevel=4)
 
+        if clip_skip is not None and prompt_embeds is not None:
+            warnings.warn("clip_skip has no effect beside prompt_embeds, which are taken as they are", stacklevel=4)
         states, pooled = prompt_embeds, pooled_prompt_embeds
         if prompt_embeds is None:
             states, own = self._encode(as_texts("prompt", prompt), prompt_2, "prompt_2", device, clip_skip)
@@ -170,8 +173,8 @@ class StableDiffusionXL(StableDiffusion):
         # With one encoder (the refiner) that one reads the first texts
         for (tokenizer, encoder), own in zip(encoders, (texts, texts_2), strict=False):
             skip = check_clip_skip(clip_skip, encoder, most=encoder.config.num_hidden_layers - 1) or 0
-            out = encoder(token_ids(tokenizer, own, length).to(device), output_hidden_states=True)
-            parts.append(out.hidden_states[-(skip + 2)])  # before the last norm: XL was trained so
+            out = encoder(token_ids(tokenizer, own, length).to(device_of(encoder)), output_hidden_states=True)
+            parts.append(out.hidden_states[-(skip + 2)].to(device))  # before the last norm: XL was trained so
         return torch.cat(parts, dim=-1), out.text_embeds
 
     def text_tensors(self, texts: tuple, states: tuple, num_images_per_prompt: int) -> tuple[Tensors, int]:
@@ -249,13 +252,16 @@ def watermarked(pictures: Tensor) -> Tensor:
 
 def _check_pairs(name: str, text: Any, text_2: Any, states: Any, pooled: Any, needed: bool = False) -> None:
     """Either texts or states; and with states the pooled one too."""
-    check_tensors(
-        **{key: value for key, value in ((f"{name}_embeds", states), (f"pooled_{name}", pooled)) if value is not None}
-    )
+    own = "pooled_prompt_embeds" if needed else "negative_pooled_prompt_embeds"
+    given = {f"{name}_embeds": (states, 3), own: (pooled, 2)}
+    for key, (value, dims) in given.items():
+        if value is not None:
+            check_tensors(**{key: value})
+            if value.ndim != dims:
+                raise ValueError(f"{key} has shape {tuple(value.shape)}; it must have {dims} dimensions")
     if states is None and needed and text is None:
         raise ValueError(f"give either {name} or {name}_embeds")
     if states is not None and (text is not None or text_2 is not None):
         raise ValueError(f"give either {name} or {name}_embeds, and not both")
     if states is not None and pooled is None:
-        own = "pooled_prompt_embeds" if needed else "negative_pooled_prompt_embeds"
         raise ValueError(f"{name}_embeds was given without {own}: XL's UNet reads both")

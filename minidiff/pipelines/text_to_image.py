@@ -66,8 +66,8 @@ class StableDiffusionPipeline(StableDiffusion):
             clip_skip: leave out this many of the text encoder's last layers, for the prompt alone.
             callback_on_step_end: see `Callback`; `callback` and `callback_steps` are its older form.
 
-        Raises ValueError or TypeError, naming the argument, before anything is computed; FloatingPointError, naming
-        the step, if the latents don't stay finite.
+        Raises ValueError or TypeError, naming the argument, before the first step (an `eta` that is too large: at that
+        step); FloatingPointError, naming the step, if the latents don't stay finite.
         """
         count = check_call(
             output_type,

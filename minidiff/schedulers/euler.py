@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..loading.config import Range
 from ..noise import Generators, randn_tensor
-from .base import Scheduler, StepOutput
+from .base import Scheduler, StepOutput, check_number
 from .sigma import KarrasConfig, SigmaScheduler
 
 
@@ -75,6 +75,7 @@ class EulerDiscreteScheduler(SigmaScheduler):
         Where `s_tmin` <= sigma <= `s_tmax`, `s_churn` first adds noise, of deviation `s_noise`, up to sigma_hat.
         """
         i = self._enter(model_output, timestep, sample)
+        check_number(s_churn, "s_churn", least=0)
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
 

@@ -59,7 +59,9 @@ class SigmaScheduler(Scheduler, abstract=True):
             self.alphas_cumprod[-1] = TINY
         self.table = ve_sigmas(self.alphas_cumprod).numpy()  # by timestep, float32
         timesteps = np.arange(len(self))[::-1].astype(np.float32)
-        self._lay(*(self._levels(timesteps) if self.spaced_at_first else (timesteps, self.table[::-1])), 0.0)
+        self._lay(
+            *(self._levels(timesteps) if self.spaced_at_first else (timesteps, self.table[: len(self)][::-1])), 0.0
+        )
 
     # The grid
 
@@ -107,7 +109,7 @@ class SigmaScheduler(Scheduler, abstract=True):
     def _levels(self, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The timesteps and the sigmas of a run: those of the training's table, or a grid spaced in sigma."""
         c, n = self.config, len(timesteps)
-        sigmas = np.interp(timesteps, np.arange(len(self)), self.table)
+        sigmas = np.interp(timesteps, np.arange(len(self.table)), self.table)
         if c.own("interpolation_type") == "log_linear":  # n + 1 levels, of which the last two steps leave one out
             ends = np.log(self.table[[-1, 0]])
             sigmas = torch.linspace(*ends.tolist(), n + 1).exp().numpy()
