@@ -246,7 +246,7 @@ MUTANTS = [
     (UNET, 'ff.net.2"', 'ff.net.1"'),
     (UNET, '("linear_1", "fc1"), ("linear_2", "fc2")', '("linear_1", "fc2"), ("linear_2", "fc1")'),
     (UNET, '("up_blocks.{}", "up.{}")', '("up_blocks.{}", "down.{}")'),
-    (UNET, "upsamplers.0.conv", "upsamplers.1.conv"),
+    (UNET, 'upsamplers.0", "up', 'upsamplers.1", "up'),
     (VAE, '*half("decoder")', '*half("encoder")'),
     (VAE, "decoder.up.{}.resample.conv", "decoder.up.{}.resample"),
     (CLIP, '("layer_norm1", "norm1")', '("layer_norm1", "norm2")'),
