@@ -395,7 +395,8 @@ def main() -> None:
     out = options.out or BUNDLED / options.model
     pipe.to(torch.float16).save_pretrained(out)
     config = out / "text_encoder" / "config.json"  # of all parts the reference takes this one in the type named here
-    config.write_text(config.read_text().replace('"torch_dtype": "float16"', '"torch_dtype": "float32"'))
+    if config.exists():
+        config.write_text(config.read_text().replace('"torch_dtype": "float16"', '"torch_dtype": "float32"'))
     if options.model == "tiny-emoji":
         known = {"things": sprites.NAMES, "colours": list(sprites.COLOURS), "words": sprites.words()}
         (out / "known.json").write_text(json.dumps(known) + "\n")  # for `python -m minidiff --list`

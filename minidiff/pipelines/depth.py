@@ -125,7 +125,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusion):
             raise ValueError("depth_map must be given: the pipeline has no depth_estimator with a feature_extractor")
         images = list(image) if isinstance(image, list | tuple | Tensor) or hasattr(image, "shape") else [image]
         seen = self.feature_extractor(images=images, return_tensors="pt").pixel_values.to(
-            device_of(self.depth_estimator), dtype
+            device_of(self.depth_estimator, device), dtype
         )
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.depth_estimator(seen).predicted_depth.to(device)

@@ -72,9 +72,12 @@ class MemorySwitches:
             model.computes_on = chosen
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes, which isn't where it is while it is offloaded."""
-    return getattr(model, "computes_on", None) or next(model.parameters()).device
+def device_of(model: Any, otherwise: torch.device | None = None) -> torch.device:
+    """Where a model computes, which isn't where it is while it is offloaded. Somebody's function may have no weights,
+    and computes where it likes: `otherwise`."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    places = (parameter.device for parameter in parameters)
+    return getattr(model, "computes_on", None) or next(places, otherwise or torch.device("cpu"))
 
 
 def offload_models(models: list[nn.Module], device: torch.device) -> Handles:

@@ -205,7 +205,9 @@ class StableDiffusion(DiffusionPipeline):
         if self.safety_checker is None:
             return image, None
         pictures = self.image_processor.postprocess(image) if isinstance(image, Tensor) else to_pil(image)
-        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(device_of(self.safety_checker))
+        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values.to(
+            device_of(self.safety_checker, torch.device(device))
+        )
         dtype = getattr(self.safety_checker, "dtype", dtype)
         return self.safety_checker(images=image, clip_input=seen.to(dtype))
 
