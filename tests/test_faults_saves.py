@@ -246,3 +246,15 @@ def test_interrupted_save(folder, tiny_sd_folder, monkeypatch):
         pipe.save_pretrained(folder)
     assert contents(folder) == OLD
     assert os.listdir(folder.parent) == ["sd"] and not leftovers(folder)
+
+
+def test_a_journal_that_is_half_written_counts_for_nothing(folder, tiny_sd_folder):
+    """The process died while it wrote the journal, which no rename has put down: the old pipeline is there."""
+    stage = folder / ".minidiff.saving"
+    stage.mkdir()
+    for half in ("", '{"": ['):
+        (stage / ".minidiff.saved").write_text(half)
+        assert contents(folder) == OLD
+        m.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    filled(tiny_sd_folder, NEW).save_pretrained(folder)
+    assert contents(folder) == NEW and not leftovers(folder)

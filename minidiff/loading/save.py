@@ -84,7 +84,8 @@ def is_plain(name: object) -> bool:
 
 def _journals(folder: Path) -> list[Path]:
     """Where a save that wrote to `folder`, or to a part of it, was cut off in its last step."""
-    parts = [file.parent for file in folder.glob(f"*/{JOURNAL}")]
+    # One that lies in a stage isn't put down yet, and may be half written
+    parts = [file.parent for file in folder.glob(f"*/{JOURNAL}") if file.parent.name != STAGE]
     above = [folder.absolute().parent] if os.path.lexists(folder / STAGE) else []  # else it is done with this part
     return [place for place in (*above, folder, *parts) if os.path.lexists(place / JOURNAL)]
 
