@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from . import models, pipelines, schedulers
+
+# What is public is said once, in the `__all__` of each package: hence the stars
 from .loading.config import ConfigError, LoadError
 from .missing import getter
 from .models import *  # noqa: F403

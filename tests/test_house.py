@@ -18,6 +18,7 @@ FLOORS = {
     "minidiff.images": 0,
     "minidiff.image_processor": 0,  # a door, but of code that pipelines need
     "minidiff.missing": 0,
+    "minidiff.checks": 0,
     "minidiff.outputs": 0,
     "minidiff.loading": 1,
     "minidiff.models": 2,

@@ -453,3 +453,14 @@ def test_configs_alone(tmp_path):
     vae.save_config(tmp_path / "vae")
     made = minidiff.AutoencoderKL.from_config(minidiff.AutoencoderKL.load_config(tmp_path / "vae"))
     assert dict(made.config) == dict(vae.config)
+
+
+def test_both_halves_returned_in_any_order(pipe):
+    """`negative_prompt_embeds` are the first half of `prompt_embeds`, whichever of the two comes first."""
+    states, negatives = pipe.encode_prompt("a red apple", None, 1, True, "blue")
+    both = {"prompt_embeds": torch.cat([states, states]), "negative_prompt_embeds": negatives}
+    drawn = [
+        draw(pipe, steps=2, callback_on_step_end=lambda run, i, t, tensors, answer=answer: answer if i == 0 else None)
+        for answer in (both, dict(reversed(both.items())))
+    ]
+    assert drawn[0].equal(drawn[1])

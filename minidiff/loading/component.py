@@ -179,6 +179,14 @@ class Configured(Component, abstract=True):
         cls.check_own(overrides)
         return cls(cls.Config.read({**values, **overrides}))
 
+    @classmethod
+    def read_from(cls, folder: Path, files: Files) -> Self:
+        file = folder / cls.files[0]
+        return cls(cls.Config.read(read_json(file), str(file)))
+
+    def write_to(self, folder: Path, files: Files) -> None:
+        write_json(folder / self.files[0], self.file_config())
+
     def file_config(self) -> dict[str, Any]:
         """What its config's file says."""
         return {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **self.config}
@@ -206,13 +214,6 @@ class Configured(Component, abstract=True):
         if unknown := arguments.keys() - cls.Config.known():
             known = ", ".join(sorted(cls.Config.known()))
             raise ConfigError(f"{cls.__name__} has no {min(unknown)}; its keys: {known}")
-
-
-def check_tensors(**arguments) -> None:
-    """Raises a TypeError that names the first argument that is no tensor."""
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, but is {value!r}")
 
 
 def check_save(

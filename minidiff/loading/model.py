@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from weights_compat.rules import Table
 
-from .component import Configured, check_tensors
+from ..checks import check_tensors
+from .component import Configured
 from .config import Config, LoadError, read_json, write_json
 from .switches import Switches
 from .tensors import to_ours

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weights_compat.clip import CLIP_TEXT
 
-from ..loading.component import check_tensors
+from ..checks import check_tensors
 from ..loading.config import Config, Depth, Width
 from ..loading.model import Model
 from ..outputs import output

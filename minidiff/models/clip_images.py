@@ -1,7 +1,6 @@
 """CLIPImageProcessor: pictures to what CLIP's image encoder reads. Pillow resizes, as it did when CLIP was trained."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -10,8 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..loading.component import Configured
-from ..loading.config import Config, Width, read_json, write_json
-from ..loading.weights import Files
+from ..loading.config import Config, Width
 
 FILE = "preprocessor_config.json"
 EDGE = {"shortest_edge": 224}
@@ -67,13 +65,9 @@ class CLIPImageProcessor(Configured):
     aliases = ("CLIPFeatureExtractor", "CLIPImageProcessorPil")  # as older folders and newer ones call it
     files: ClassVar[tuple[str, ...]] = (FILE,)
 
-    @classmethod
-    def read_from(cls, folder: Path, files: Files) -> Self:
-        return cls(cls.Config.read(read_json(folder / FILE), str(folder / FILE)))
-
-    def write_to(self, folder: Path, files: Files) -> None:
+    def file_config(self) -> dict[str, Any]:
         sizes = {"size": self.size, "crop_size": self.crop_size, "image_processor_type": "CLIPImageProcessor"}
-        write_json(folder / FILE, {**self.config, **sizes})
+        return {**self.config, **sizes}
 
     @property
     def size(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weights_compat.ldm_bert import LDM_BERT
 
-from ..loading.component import check_tensors
+from ..checks import check_tensors
 from ..loading.config import Config, Depth, Width
 from ..loading.model import Model
 from .clip import embedding

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self, get_args, get_type_hints
 
 import numpy as np
@@ -72,6 +72,11 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
         return {p.name: not isinstance(None, hints[p.name]) for p in parameters if p.default is p.empty}
 
     @classmethod
+    def missing(cls, found: Mapping[str, Any]) -> str:
+        """The names of what `found` must hold and doesn't."""
+        return ", ".join(name for name, needed in cls.required().items() if needed and found[name] is None)
+
+    @classmethod
     def settings(cls) -> dict[str, type]:
         """The kinds of the settings, by name."""
         hints = get_type_hints(cls.__init__)
@@ -118,10 +123,9 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
             arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
             check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
             found = load_components(index_file, given, files, tuple(parameters), cls.settings())
-        found |= given
-        found = dict.fromkeys(cls.required()) | found
-        if missing := [name for name, needed in cls.required().items() if needed and found[name] is None]:
-            raise LoadError(f"{index_file}: doesn't name {', '.join(missing)}, which {cls.__name__} needs")
+        found = dict.fromkeys(cls.required()) | found | given
+        if missing := cls.missing(found):
+            raise LoadError(f"{index_file}: doesn't name {missing}, which {cls.__name__} needs")
         pipe = cls(**found)
         return pipe.to(device) if device else pipe
 
@@ -146,8 +150,8 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
         settings = {name: getattr(pipeline, name) for name in pipeline.setting_names}
         found = {name: part for name, part in (pipeline.components | settings).items() if name in parameters} | given
         found = dict.fromkeys(cls.required()) | found
-        if missing := [name for name, needed in cls.required().items() if needed and found[name] is None]:
-            raise ValueError(f"a {type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs")
+        if missing := cls.missing(found):
+            raise ValueError(f"a {type(pipeline).__name__} has no {missing}, which {cls.__name__} needs")
         made = cls(**found)
         made._hooks, made._offload_device = pipeline._hooks, pipeline._offload_device
         return made.to(dtype or torch_dtype) if dtype or torch_dtype else made

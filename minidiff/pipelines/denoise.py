@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..loading.component import check_tensors
-from ..schedulers.base import as_integer, check_number
+from ..checks import as_integer, check_number, check_tensors
 
 if TYPE_CHECKING:
     from .base import DiffusionPipeline
@@ -205,7 +204,7 @@ class Callback:
         changed = self.function(run, i, t, dict(seen))
         if not isinstance(changed, Mapping | None):
             raise TypeError(f"callback_on_step_end must return a dict or None, but returned {changed!r}")
-        changed = changed or {}
+        before, changed = tensors.get("negative_prompt_embeds"), changed or {}
         for name, value in changed.items():
             if name not in self.known:
                 raise ValueError(f"callback_on_step_end returned {name!r}, which is none of {', '.join(self.known)}")
@@ -216,8 +215,9 @@ class Callback:
                 shapes = f"{tuple(value.shape)}, not {tuple(tensors[name].shape)}"
                 raise ValueError(f"callback_on_step_end returned latents of shape {shapes}")
             tensors[name] = value
-            if name == "negative_prompt_embeds" and run.do_classifier_free_guidance:  # the first half of the states
-                tensors["prompt_embeds"] = torch.cat([value, tensors["prompt_embeds"].chunk(2)[-1]])
+        negatives = tensors.get("negative_prompt_embeds")
+        if negatives is not before and run.do_classifier_free_guidance:  # they are the first half of the states
+            tensors["prompt_embeds"] = torch.cat([negatives, tensors["prompt_embeds"].chunk(2)[-1]])
         rows = tensors["latents"].shape[0] * (passes if run.do_classifier_free_guidance else 1)
         if "prompt_embeds" in tensors and tensors["prompt_embeds"].shape[0] != rows:
             raise ValueError(

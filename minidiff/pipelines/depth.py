@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_tensors
 from ..image_processor import PipelineImageInput
-from ..loading.component import check_tensors
 from ..models import AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
 from ..noise import Generators, randn_tensor
 from ..schedulers.base import Sampler
@@ -33,7 +33,7 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusion):
     setting_names = ()
     _callback_tensor_inputs = (*StableDiffusion._callback_tensor_inputs, "depth_mask")
     beside = (1,)
-    scheduler_mends = {}  # noqa: RUF012 (a constant, as its base has it)
+    scheduler_mends = ()
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, ch
 class StableDiffusionImageVariationPipeline(StableDiffusion):
     """A UNet that was trained on pictures' embeddings."""
 
-    scheduler_mends = {}  # noqa: RUF012 (a constant, as its base has it)
+    scheduler_mends = ()
 
     def __init__(
         self,

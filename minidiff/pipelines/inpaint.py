@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..checks import as_integer, check_tensors
 from ..image_processor import PipelineImageInput, VaeImageProcessor
-from ..loading.component import check_tensors
 from ..noise import Generators
-from ..schedulers.base import as_integer
 from .base import DiffusionPipeline
 from .denoise import Callback, Tensors, denoise, plan, start_midway
 from .latents import PLAIN, LatentsAs, check_pictures, encode_pictures, first_noise, repeated
@@ -149,7 +148,7 @@ class StableDiffusionInpaintPipeline(Inpainting):
     """SD 1.x and 2.x, with a UNet of 9 or 4 channels."""
 
     _callback_tensor_inputs = (*StableDiffusion._callback_tensor_inputs, "mask", "masked_image_latents")
-    scheduler_mends = {"steps_offset": 1, "skip_prk_steps": True}  # noqa: RUF012 (a constant, as its base has it)
+    scheduler_mends = (("steps_offset", 1), ("skip_prk_steps", True))
 
     @torch.no_grad()
     def __call__(

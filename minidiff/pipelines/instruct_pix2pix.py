@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..image_processor import PipelineImageInput
 from ..noise import Generators
-from ..schedulers.base import check_number
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan
 from .latents import check_pictures, first_latents, repeated
@@ -26,7 +26,7 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusion):
     _callback_tensor_inputs = ("latents", "prompt_embeds", "image_latents")
     _image_guidance_scale = 1.5
     beside = (4,)
-    scheduler_mends = {}  # noqa: RUF012 (a constant, as its base has it)
+    scheduler_mends = ()
     mends_sample_size = False
 
     @property

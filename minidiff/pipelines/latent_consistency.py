@@ -24,7 +24,7 @@ class LatentConsistency(StableDiffusion):
     """Base of both pipelines."""
 
     _callback_tensor_inputs = ("latents", "denoised", "prompt_embeds", "w_embedding")
-    scheduler_mends = {}  # noqa: RUF012 (a constant, as its base has it)
+    scheduler_mends = ()
 
     def _prepare(self) -> None:
         super()._prepare()

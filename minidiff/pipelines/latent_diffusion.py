@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import as_integer, check_number, check_tensors
 from ..image_processor import VaeImageProcessor
 from ..images import check_output_type, to_output
-from ..loading.component import check_tensors
 from ..models import UNet2DModel, VQModel
 from ..noise import Generators
-from ..schedulers.base import Scheduler, as_integer, check_number
+from ..schedulers.base import Scheduler
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import denoise, plan
 from .latents import first_latents

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from ..checks import as_integer, check_number
 from ..images import check_output_type, to_output
 from ..models import AutoencoderKL, BertTokenizer, LDMBertModel, UNet2DConditionModel, VQModel
 from ..noise import Generators
-from ..schedulers.base import Scheduler, as_integer, check_number
+from ..schedulers.base import Scheduler
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import denoise, plan
 from .latents import first_noise

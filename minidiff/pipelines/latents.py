@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..loading.component import check_tensors
+from ..checks import check_tensors
 from ..models import AutoencoderKL
 from ..noise import Generators, randn_tensor
 from .memory import device_of

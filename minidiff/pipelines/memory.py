@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-Handles = list[torch.utils.hooks.RemovableHandle]
+Handles = tuple[torch.utils.hooks.RemovableHandle, ...]
 
 
 class MemorySwitches:
     """The switches, for `DiffusionPipeline`."""
 
     _offload_device: torch.device | None = None
-    _hooks: Handles = []  # noqa: RUF012 (replaced, never changed)
+    _hooks: Handles = ()
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Nothing to do: attention never holds its whole matrix here (torch's scaled_dot_product_attention)."""
@@ -58,7 +58,7 @@ class MemorySwitches:
             handle.remove()
         for model in self._models():
             vars(model).pop("computes_on", None)
-        self._hooks, self._offload_device = [], None
+        self._hooks, self._offload_device = (), None
 
     def _offload(self, how: Callable, gpu_id: int | None, device: torch.device | str) -> None:
         self.remove_all_hooks()
@@ -94,7 +94,7 @@ def offload_models(models: list[nn.Module], device: torch.device) -> Handles:
         model.to("cpu")
     # VAEs compute through `encode` and `decode`, not `forward`: so every module calls for the whole model
     pairs = [(model, module) for model in models for module in model.modules()]
-    return [module.register_forward_pre_hook(lambda *_, model=model: bring(model)) for model, module in pairs]
+    return tuple(module.register_forward_pre_hook(lambda *_, model=model: bring(model)) for model, module in pairs)
 
 
 def offload_layers(models: list[nn.Module], device: torch.device) -> Handles:
@@ -107,8 +107,8 @@ def offload_layers(models: list[nn.Module], device: torch.device) -> Handles:
                 module for module in model.modules() if next(module.parameters(recurse=False), None) is not None
             )
 
-    handles: Handles = []
+    handles = []
     for layer in layers():
         handles.append(layer.register_forward_pre_hook(lambda layer, _: layer.to(device) and None))
         handles.append(layer.register_forward_hook(lambda layer, *_: layer.to("cpu") and None))
-    return handles
+    return tuple(handles)

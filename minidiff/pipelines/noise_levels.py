@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import as_integer, check_number, check_tensors
 from ..image_processor import PipelineImageInput, VaeImageProcessor
 from ..images import check_output_type, to_output
-from ..loading.component import check_tensors
 from ..models import UNet2DModel
 from ..noise import Generators, randn_tensor
 from ..schedulers import KarrasVeScheduler, RePaintScheduler, ScoreSdeVeScheduler
-from ..schedulers.base import as_integer, check_number
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import check_finite
 from .latents import check_generators

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..loading.component import check_tensors
+from ..checks import as_integer, check_tensors
 from ..models import CLIPTextModel, CLIPTokenizer
 from ..models.unet import timestep_embedding
-from ..schedulers.base import as_integer
 from .memory import device_of
 
 

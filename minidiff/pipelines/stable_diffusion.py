@@ -6,7 +6,6 @@ the first latents made; then comes THE loop (`denoise`), and the pictures (`fini
 
 import re
 import warnings
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import as_integer, check_number
 from ..image_processor import VaeImageProcessor
 from ..images import check_finite_pictures, check_output_type, to_pil
 from ..loading.config import Config
@@ -28,7 +28,7 @@ from ..models import (
     UNet2DConditionModel,
 )
 from ..outputs import output
-from ..schedulers.base import Sampler, as_integer, check_number
+from ..schedulers.base import Sampler
 from .base import DiffusionPipeline
 from .denoise import Tensors
 from .latents import PLAIN, LatentsAs, decode_latents
@@ -62,7 +62,7 @@ class StableDiffusion(DiffusionPipeline):
     latents_as: ClassVar[LatentsAs] = PLAIN
     # Folders from 2022 lack keys of the scheduler, or have them wrong for Stable Diffusion. The reference mends them
     # too. A scheduler that is set later is taken as it is
-    scheduler_mends: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+    scheduler_mends: ClassVar[tuple[tuple[str, Any], ...]] = (("steps_offset", 1), ("clip_sample", False))
     mends_sample_size: ClassVar[bool] = True
 
     def __init__(
@@ -112,7 +112,7 @@ class StableDiffusion(DiffusionPipeline):
                 f" latents of {latent}: a UNet with {channels} is for {purpose}: {owner}"
             )
         config = self.scheduler.config
-        if mended := {key: to for key, to in self.scheduler_mends.items() if config.get(key, to) != to}:
+        if mended := {key: to for key, to in self.scheduler_mends if config.get(key, to) != to}:
             named = config.explicit() if isinstance(config, Config) else config  # the reference's has none
             self.scheduler = type(self.scheduler).from_config({**named, **mended})
         if self.mends_sample_size:

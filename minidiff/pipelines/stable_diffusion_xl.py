@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..checks import check_tensors
 from ..images import to_output
-from ..loading.component import check_tensors
 from ..models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -49,7 +49,7 @@ class StableDiffusionXL(StableDiffusion):
 
     setting_names = ("force_zeros_for_empty_prompt", "add_watermarker")
     _callback_tensor_inputs = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
-    scheduler_mends = {}  # noqa: RUF012 (a constant, as its base has it)
+    scheduler_mends = ()
     latents_as = XL
     requires_aesthetics_score = False
 

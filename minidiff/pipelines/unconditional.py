@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 
+from ..checks import as_integer
 from ..images import check_output_type, to_output
 from ..models import UNet2DModel
 from ..noise import Generators, randn_tensor
 from ..schedulers import DDIMScheduler, PNDMScheduler
-from ..schedulers.base import Sampler, as_integer
+from ..schedulers.base import Sampler
 from .base import DiffusionPipeline, ImageOutput
 from .denoise import denoise, plan
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import as_integer
 from ..image_processor import PipelineImageInput, VaeImageProcessor
 from ..models import AutoencoderKL, CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
 from ..noise import Generators, randn_tensor
-from ..schedulers.base import Sampler, as_integer
+from ..schedulers.base import Sampler
 from .denoise import Callback, Tensors, denoise, plan
 from .latents import check_generators, first_latents
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, check_call
@@ -28,7 +29,7 @@ class StableDiffusionUpscalePipeline(StableDiffusion):
 
     setting_names = ("max_noise_level",)
     beside = (3,)
-    scheduler_mends = {}  # noqa: RUF012 (a constant, as its base has it)
+    scheduler_mends = ()
     mends_sample_size = False
 
     def __init__(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..image_processor import PipelineImageInput
 from ..models import (
     AutoencoderKL,
@@ -20,7 +21,7 @@ from ..models import (
     UNet2DConditionModel,
 )
 from ..noise import Generators, randn_tensor
-from ..schedulers.base import Scheduler, check_number
+from ..schedulers.base import Scheduler
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan, share, start_at, start_midway, stop_at
 from .latents import check_pictures, first_noise, picture_latents
@@ -69,7 +70,10 @@ class StableDiffusionXLOnPictures(StableDiffusionXL):
             as_pair("negative_original_size", original[1], sizes[0]),
             as_pair("negative_target_size", target[1], sizes[1]),
         )
-        places = as_pair("crops_coords_top_left", crops[0], (0, 0)), as_pair("negative_crops...", crops[1], (0, 0))
+        places = (
+            as_pair("crops_coords_top_left", crops[0], (0, 0)),
+            as_pair("negative_crops_coords_top_left", crops[1], (0, 0)),
+        )
         for name, score in zip(("aesthetic_score", "negative_aesthetic_score"), scores, strict=True):
             check_number(score, name)
         if self.requires_aesthetics_score:

@@ -7,22 +7,18 @@ The tables are float32 and stay on the CPU, where a lookup waits for no other de
 has to be fetched from there, so a loop that must not wait passes CPU tensors or Python numbers to `step`.
 """
 
-import math
-import numbers
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..loading.component import REGISTRY, Configured, check_tensors
-from ..loading.config import Config, Share, Width, read_json, write_json
-from ..loading.weights import Files
+from ..checks import as_integer, check_tensors
+from ..loading.component import REGISTRY, Configured
+from ..loading.config import Config, Share, Width
 from ..outputs import output
 from .schedule import make_betas, rescale_zero_terminal_snr
 
@@ -105,14 +101,6 @@ class Sampler(Configured, abstract=True):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.num_inference_steps: int | None = None
-
-    @classmethod
-    def read_from(cls, folder: Path, files: Files) -> Self:
-        file = folder / "scheduler_config.json"
-        return cls(cls.Config.read(read_json(file), str(file)))
-
-    def write_to(self, folder: Path, files: Files) -> None:
-        write_json(folder / self.files[0], self.file_config())
 
     @property
     def compatibles(self) -> list[type["Sampler"]]:
@@ -223,9 +211,7 @@ class Scheduler(Sampler, abstract=True):
         self.final_alpha_cumprod = torch.tensor(1.0) if c.own("set_alpha_to_one", True) else self.alphas_cumprod[0]
         self._begin(torch.arange(len(self)).flip(0))
 
-    def _spaced(
-        self, num_inference_steps: int, offset: int | None = None, spare: int = 0, total: int | None = None
-    ) -> np.ndarray:
+    def _spaced(self, num_inference_steps: int, spare: int = 0, total: int | None = None) -> np.ndarray:
         """`num_inference_steps` timesteps, descending, spaced as `timestep_spacing` says; float64.
 
         `spare` levels more are laid out, of which the last ones aren't used (DPM-Solver's grids have one). Only the
@@ -236,8 +222,7 @@ class Scheduler(Sampler, abstract=True):
             raise ValueError(f"num_train_timesteps={T} must lie in 1..{len(self)}, which the config has")
         if not 1 <= n <= T:
             raise ValueError(f"num_inference_steps={n} must lie in 1..{T}, the num_train_timesteps")
-        spacing = self.config.own("timestep_spacing", "linspace")
-        offset = self.config.own("steps_offset", 0) if offset is None else offset
+        spacing, offset = self.config.own("timestep_spacing", "linspace"), self.config.own("steps_offset", 0)
         if spacing == "linspace":
             grid = np.linspace(0, T - 1, n + spare)[::-1][:n]
         elif spacing == "leading":
@@ -375,22 +360,3 @@ class Scheduler(Sampler, abstract=True):
         if c.own("clip_sample"):
             return x0.clamp(-c.clip_sample_range, c.clip_sample_range)
         return x0
-
-
-def as_integer(value: Any, name: str) -> int:
-    """`value` as an int: it may be one, NumPy's, or a tensor of one integer. A TypeError names the argument."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, but is {value!r}") from None
-
-
-def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> None:
-    """Raises a TypeError or a ValueError that names the argument unless it is a finite number, in `least`..`most`."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, but is {value!r}")
-    if not (math.isfinite(value) and least <= value <= most):
-        above = f", and {least} or more" if least > -math.inf else ""
-        raise ValueError(f"{name}={value} must be finite{above if most == math.inf else f', and in {least}..{most}'}")

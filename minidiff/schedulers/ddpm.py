@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..loading.component import check_tensors
+from ..checks import check_tensors
 from ..loading.config import Share
 from ..noise import Generators, randn_tensor
 from .base import Scheduler, SchedulerConfig, Spacing, StepOutput

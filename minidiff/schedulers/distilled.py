@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from ..checks import as_integer, check_number
 from ..loading.config import Share, Width
-from .base import Scheduler, SchedulerConfig, Spacing, as_integer, check_number
+from .base import Scheduler, SchedulerConfig, Spacing
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..loading.component import check_tensors
+from ..checks import check_tensors
 from .solver import SolverConfig, SolverScheduler
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..loading.config import Range
 from ..noise import Generators, randn_tensor
-from .base import Scheduler, StepOutput, check_number
+from .base import Scheduler, StepOutput
 from .sigma import KarrasConfig, SigmaScheduler
 
 

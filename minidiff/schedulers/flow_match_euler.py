@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loading.component import check_tensors
+from ..checks import as_integer, check_tensors
 from ..loading.config import Share, Width
 from ..noise import Generators, randn_tensor
-from .base import Sampler, SamplerConfig, SchedulerOutput, as_integer
+from .base import Sampler, SamplerConfig, SchedulerOutput
 from .sigma import check_one_grid, spaced_in_sigma
 
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import as_integer
 from ..noise import Generators, randn_tensor
 from ..outputs import output
-from .base import Sampler, SamplerConfig, as_integer
+from .base import Sampler, SamplerConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import StepOutput, as_integer
+from ..checks import as_integer
+from .base import StepOutput
 from .sigma import KarrasConfig, SigmaScheduler
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..loading.component import check_tensors
+from ..checks import as_integer, check_tensors
 from ..loading.config import Share
 from ..noise import Generators, randn_tensor
-from .base import Scheduler, SchedulerConfig, StepOutput, as_integer
+from .base import Scheduler, SchedulerConfig, StepOutput
 from .ddim import share_noise
 
 

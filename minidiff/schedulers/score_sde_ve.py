@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..loading.component import check_tensors
+from ..checks import as_integer, check_tensors
 from ..loading.config import Width
 from ..noise import Generators, randn_tensor
 from ..outputs import output
-from .base import Sampler, SamplerConfig, SchedulerOutput, as_integer
+from .base import Sampler, SamplerConfig, SchedulerOutput
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,9 +59,8 @@ class SigmaScheduler(Scheduler, abstract=True):
             self.alphas_cumprod[-1] = TINY
         self.table = ve_sigmas(self.alphas_cumprod).numpy()  # by timestep, float32
         timesteps = np.arange(len(self))[::-1].astype(np.float32)
-        self._lay(
-            *(self._levels(timesteps) if self.spaced_at_first else (timesteps, self.table[: len(self)][::-1])), 0.0
-        )
+        grid = self._levels(timesteps) if self.spaced_at_first else (timesteps, self.table[: len(self)][::-1])
+        self._lay(*grid, 0.0)
 
     # The grid
 

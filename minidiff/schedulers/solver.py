@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..loading.config import Range, Share
-from .base import SchedulerConfig
+from .base import Scheduler, SchedulerConfig
 from .schedule import vp_level
 from .sigma import GRIDS, SigmaScheduler, check_one_grid
 
@@ -67,8 +67,7 @@ class SolverScheduler(SigmaScheduler, abstract=True):
         # add_noise at timestep t then takes the level of T - 1 - t. Right would be the table's own, at t.
         self.sigmas = torch.from_numpy(self.table.copy())
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        return sample
+    scale_model_input = Scheduler.scale_model_input  # the model sees what is held
 
     # The grid
 
@@ -90,13 +89,11 @@ class SolverScheduler(SigmaScheduler, abstract=True):
             self.num_inference_steps = len(grid[0])
         self._check_levels()
 
-    def _spaced(
-        self, num_inference_steps: int, offset: int | None = None, spare: int = 0, total: int | None = None
-    ) -> np.ndarray:
+    def _spaced(self, num_inference_steps: int, spare: int = 0, total: int | None = None) -> np.ndarray:
         """Whole timesteps. Those with lambda below `lambda_min_clipped`, nearly all noise, are left out."""
         least, T = self.config.own("lambda_min_clipped", -math.inf), len(self)
         if self._spaced_in_sigma() or least == -math.inf:
-            return super()._spaced(num_inference_steps, offset, spare).round()
+            return super()._spaced(num_inference_steps, spare).round()
         lambdas = self.alphas_cumprod.sqrt().log() - (1 - self.alphas_cumprod).sqrt().log()
         total = int((lambdas >= least).sum())
         if total == 0:
@@ -105,7 +102,7 @@ class SolverScheduler(SigmaScheduler, abstract=True):
             )
         if self.config.own("timestep_spacing") == "trailing":  # the stride stays, and so there are fewer steps
             return np.arange(total, 0, -T / len(super()._spaced(num_inference_steps))).round() - 1
-        return super()._spaced(num_inference_steps, offset, spare, total).round()
+        return super()._spaced(num_inference_steps, spare, total).round()
 
     def _spaced_in_sigma(self) -> bool:
         return any(self.config.own(key) for key in (*GRIDS, "use_flow_sigmas"))

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ..checks import check_number
 from ..noise import Generators, randn_tensor
 from ..outputs import output
-from .base import check_number
 from .distilled import DistilledScheduler
 
 
