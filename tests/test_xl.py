@@ -120,6 +120,26 @@ def test_negatives_by_text_where_the_folder_says_so(base):
     assert not np.array_equal(draw(ours, prompt=PROMPT, **SIZE)[0], draw(base[0], prompt=PROMPT, **SIZE)[0])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negative_prompt_2": "blurred"}, "negative_prompt_2 has no effect without negative_prompt"),
+        ({"negative_pooled_prompt_embeds": "own"}, "negative_pooled_prompt_embeds has no effect without"),
+        ({"negative_crops_coords_top_left": (8, 8)}, "negative_crops_coords_top_left have no effect without"),
+        ({"negative_target_size": (8, 8)}, "negative_crops_coords_top_left have no effect without"),
+        ({"negative_prompt_2": "blurred", "guidance_scale": 1.0}, "the negative prompt has no effect"),
+    ],
+)
+def test_arguments_without_effect_are_a_warning(base, options, message):
+    ours = base[0]
+    if "negative_pooled_prompt_embeds" in options:
+        options = {"negative_pooled_prompt_embeds": ours.encode_prompt(PROMPT)[3]}
+    expected = draw(ours, prompt=PROMPT, **{key: value for key, value in options.items() if "scale" in key}, **SIZE)[0]
+    with pytest.warns(UserWarning, match=message) as caught:
+        drawn = draw(ours, prompt=PROMPT, **options, **SIZE)[0]
+    assert len(caught) == 1 and np.array_equal(drawn, expected)
+
+
 def test_distilled_unet_reads_the_guidance_scale(base):
     from reference import twins
 

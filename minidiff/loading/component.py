@@ -189,7 +189,11 @@ class Configured(Component, abstract=True):
 
     def file_config(self) -> dict[str, Any]:
         """What its config's file says."""
-        return {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION, **self.config}
+        return {**self.config, **self.header()}
+
+    def header(self) -> dict[str, Any]:
+        """What the file says of itself."""
+        return {"_class_name": type(self).__name__, "_diffusers_version": FORMAT_VERSION}
 
     def save_config(self, save_directory: str | os.PathLike) -> None:
         """Writes the config's file alone, without any weights."""

@@ -23,6 +23,7 @@ class Model(Configured, Switches, nn.Module, abstract=True):
 
     table: ClassVar[Table]  # the Hub's names of its tensors, and ours
     weights: ClassVar[str] = "diffusion_pytorch_model"  # the stem of its file of weights
+    model_type: ClassVar[str] = ""  # what transformers calls it, whose configs have another header
     gradient_checkpointing = False
 
     def __init__(self, *args, **kwargs):
@@ -89,6 +90,17 @@ class Model(Configured, Switches, nn.Module, abstract=True):
                     raise ValueError(f"state_dict has {place} twice, under our name and as {name}")
                 found[place] = to_ours(change, tensor)
         return super().load_state_dict(found, strict=strict, assign=assign)
+
+    def file_config(self) -> dict[str, Any]:
+        kept = super().file_config()
+        kept.pop("dtype", None)  # transformers 5's name of torch_dtype, as the file said it that this was loaded from
+        return kept
+
+    def header(self) -> dict[str, Any]:
+        if not self.model_type:
+            return super().header()
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"architectures": [type(self).__name__], "model_type": self.model_type, "torch_dtype": dtype}
 
     def enable_gradient_checkpointing(self) -> None:
         """Training then keeps the inputs of each level alone, and computes the rest again on the way back."""

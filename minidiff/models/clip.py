@@ -5,7 +5,7 @@ each token sees those before it, so that the state at the end-of-text token has 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,17 +86,13 @@ def embedding(rows: int, dim: int) -> nn.Embedding:
 class CLIPTextModel(Model):
     Config = CLIPTextConfig
     library, table, weights = "transformers", CLIP_TEXT, "model"
+    model_type = "clip_text_model"
 
     def build(self, c: CLIPTextConfig) -> None:
         self.token_embedding = embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-
-    def file_config(self) -> dict[str, Any]:
-        header = {"architectures": [type(self).__name__], "model_type": "clip_text_model"}
-        kept = {key: value for key, value in self.config.items() if key != "dtype"}
-        return kept | header | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
 
     def forward(
         self,

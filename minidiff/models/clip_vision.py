@@ -5,7 +5,7 @@ A picture is cut into patches, each becomes a token, and one more token, the cla
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,7 @@ class CLIPVisionModel(Model):
 
     Config = CLIPVisionConfig
     table = CLIP_VISION
-    library = "transformers"
-    weights = "model"
+    library, weights, model_type = "transformers", "model", "clip_vision_model"
 
     def build(self, c: CLIPVisionConfig) -> None:
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
@@ -78,11 +77,6 @@ class CLIPVisionModel(Model):
         self.norm_in = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm_out = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-
-    def file_config(self) -> dict[str, Any]:
-        header = {"architectures": [type(self).__name__], "model_type": "clip_vision_model"}
-        kept = {key: value for key, value in self.config.items() if key != "dtype"}
-        return kept | header | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> VisionOutput:
         c = self.config

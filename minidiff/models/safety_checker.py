@@ -46,7 +46,7 @@ class Scores(NamedTuple):
 
 class StableDiffusionSafetyChecker(Model):
     Config = SafetyCheckerConfig
-    library, table, weights = "stable_diffusion", SAFETY_CHECKER, "model"
+    library, table, weights, model_type = "stable_diffusion", SAFETY_CHECKER, "model", "clip"
 
     def build(self, c: SafetyCheckerConfig) -> None:
         self.vision = CLIPVisionModel(c.vision)
@@ -57,9 +57,8 @@ class StableDiffusionSafetyChecker(Model):
         self.special_care_embeds_weights = nn.Parameter(torch.ones(3))
 
     def file_config(self) -> dict[str, Any]:
-        header = {"architectures": [type(self).__name__], "model_type": "clip"}
         kept = {"projection_dim": self.config.projection_dim, "vision_config": self.vision.file_config()}
-        return kept | header | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
+        return kept | self.header()
 
     def scores(self, clip_input: Tensor) -> Scores:
         """Of pictures (B, 3, H, W), as CLIPImageProcessor makes them."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from weights_compat.vae import AUTOENCODER_TINY
 
 from ..loading.config import MAX_LEVELS, Config, Width
-from ..loading.model import Model
 from ..outputs import output
+from .vae import Autoencoder
 
 Layers = tuple[Width, ...]
 
@@ -103,7 +103,7 @@ class TinyDecoder(nn.Module):
         return self.layers((x / 3).tanh() * 3) * 2 - 1  # latents beyond 3 are squeezed
 
 
-class AutoencoderTiny(Model):
+class AutoencoderTiny(Autoencoder):
     """`encode` gives latents, `decode` a picture. Pictures are in [-1, 1] here."""
 
     Config = TinyConfig
@@ -120,13 +120,13 @@ class AutoencoderTiny(Model):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> TinyEncoderOutput | tuple[Tensor]:
         """Picture (B, in_channels, H, W) -> `.latents` (B, latent_channels, H / factor, W / factor)."""
-        self._check(x, self.config.in_channels)
+        self._check(x, "x", self.config.in_channels)
         latents = self.through(self.encoder, x)
         return TinyEncoderOutput(latents) if return_dict else (latents,)
 
     def decode(self, x: Tensor, return_dict: bool = True) -> TinyDecoderOutput | tuple[Tensor]:
         """Latents (B, latent_channels, h, w) -> `.sample` (B, out_channels, h * factor, w * factor)."""
-        self._check(x, self.config.latent_channels)
+        self._check(x, "x", self.config.latent_channels)
         picture = self.through(self.decoder, x)
         return TinyDecoderOutput(picture) if return_dict else (picture,)
 
@@ -142,11 +142,6 @@ class AutoencoderTiny(Model):
         """Through the encoder and back, the latents rounded to bytes in between."""
         bytes_ = (self.scale_latents(self.encode(sample).latents) * 255).round()
         return self.decode(self.unscale_latents(bytes_ / 255))
-
-    def _check(self, x: Tensor, channels: int) -> None:
-        self.check_inputs(x=x)
-        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this AutoencoderTiny takes (batch, {channels}, h, w)")
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}

@@ -137,7 +137,7 @@ class DecoderOutput(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AutoencoderBase(Config):
-    """The keys that both autoencoders (VQModel is the other) have."""
+    """The keys that AutoencoderKL and VQModel have."""
 
     in_channels: Width = 3
     out_channels: Width = 3
@@ -180,7 +180,22 @@ class AutoencoderConfig(AutoencoderBase):
             self.require(fits, key, f"have {self.latent_channels} numbers, one for each of latent_channels")
 
 
-class AutoencoderKL(Model):
+class Autoencoder(Model, abstract=True):
+    """What all autoencoders share: how far latents span, and what is asked of pictures and latents."""
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent number spans, in height and in width."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def _check(self, x: Tensor, name: str, channels: int) -> None:
+        self.check_inputs(**{name: x})
+        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
+            takes = f"this {type(self).__name__} takes (batch, {channels}, h, w)"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; {takes}")
+
+
+class AutoencoderKL(Autoencoder):
     """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
 
     The latents come as the encoder makes them; pipelines apply `config.scaling_factor`.
@@ -202,11 +217,6 @@ class AutoencoderKL(Model):
         self.post_quant_conv = nn.Conv2d(n, n, 1) if c.use_post_quant_conv else nn.Identity()
         self.tile_sample_min_size = c.sample_size[0] if isinstance(c.sample_size, tuple) else c.sample_size
         self.tile_latent_min_size = self.tile_sample_min_size // self.factor
-
-    @property
-    def factor(self) -> int:
-        """How many pixels a latent number spans, in height and in width."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
 
     def enable_slicing(self) -> None:
         self.use_slicing = True
@@ -265,11 +275,6 @@ class AutoencoderKL(Model):
         if self.use_tiling and max(x.shape[2:]) > tiles[0]:
             return in_tiles(network, x, *tiles)
         return network(x)
-
-    def _check(self, x: Tensor, name: str, channels: int) -> None:
-        self.check_inputs(**{name: x})
-        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; this AutoencoderKL takes (batch, {channels}, h, w)")
 
 
 # Keys that real checkpoints hold at one value alone

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from weights_compat.vae import VQ_MODEL
 
 from ..loading.config import Width
-from ..loading.model import Model
 from ..outputs import output
-from .vae import AutoencoderBase, Decoder, Encoder
+from .vae import Autoencoder, AutoencoderBase, Decoder, Encoder
 
 
 @output
@@ -43,7 +42,7 @@ class VQConfig(AutoencoderBase):
     force_upcast: bool = False
 
 
-class VQModel(Model):
+class VQModel(Autoencoder):
     """`encode` gives latents, `decode` a picture of the codebook's nearest. Pictures are in [-1, 1] here."""
 
     Config = VQConfig
@@ -56,11 +55,6 @@ class VQModel(Model):
         self.codebook = nn.Embedding(c.num_vq_embeddings, n)
         self.post_quant_conv = nn.Conv2d(n, c.latent_channels, 1)
         self.decoder = Decoder(c)
-
-    @property
-    def factor(self) -> int:
-        """How many pixels a latent number spans, in height and in width."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Picture (B, in_channels, H, W) -> `.latents` (B, vq_embed_dim, H / factor, W / factor)."""
@@ -94,11 +88,6 @@ class VQModel(Model):
     def forward(self, sample: Tensor) -> VQDecoderOutput:
         """Through the encoder and back."""
         return self.decode(self.encode(sample).latents)
-
-    def _check(self, x: Tensor, name: str, channels: int) -> None:
-        self.check_inputs(**{name: x})
-        if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; this VQModel takes (batch, {channels}, h, w)")
 
 
 # Keys that real checkpoints hold at one value alone

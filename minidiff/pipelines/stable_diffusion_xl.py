@@ -111,9 +111,9 @@ class StableDiffusionXL(StableDiffusion):
             raise ValueError("lora_scale was given, but no LoRA is loaded: leave it out")
         device, guided = torch.device(device or self._execution_device), do_classifier_free_guidance
         _check_pairs("prompt", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, needed=True)
-        pooled_negative = negative_pooled_prompt_embeds
+        pooled_negative = pooled_own = negative_pooled_prompt_embeds
         _check_pairs("negative_prompt", negative_prompt, negative_prompt_2, negative_prompt_embeds, pooled_negative)
-        if not guided and (negative_prompt or negative_prompt_embeds is not None):
+        if not guided and (negative_prompt or negative_prompt_2 or negative_prompt_embeds is not None):
             warnings.warn("the negative prompt has no effect: guidance_scale is 1 or less", stacklevel=4)
 
         if clip_skip is not None and prompt_embeds is not None:
@@ -125,10 +125,10 @@ class StableDiffusionXL(StableDiffusion):
         negative, zeros = negative_prompt_embeds, negative_prompt is None and self.force_zeros_for_empty_prompt
         if guided and negative is None and zeros:
             negative, pooled_negative = torch.zeros_like(states), torch.zeros_like(pooled)
-            if negative_prompt_2:
-                warnings.warn(
-                    "negative_prompt_2 has no effect without negative_prompt: zeros stand there", stacklevel=4
-                )
+            alone = {"negative_prompt_2": negative_prompt_2, "negative_pooled_prompt_embeds": pooled_own}
+            for name, value in alone.items():
+                if value is not None:
+                    warnings.warn(f"{name} has no effect without negative_prompt: zeros stand there", stacklevel=4)
         elif guided and negative is None:
             texts = as_texts("negative_prompt", negative_prompt or "")
             texts = texts * len(states) if len(texts) == 1 else texts

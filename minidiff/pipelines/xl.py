@@ -96,8 +96,9 @@ class StableDiffusionXLPipeline(StableDiffusionXL):
                 *as_pair("negative_crops_coords_top_left", negative_crops_coords_top_left, (0, 0)),
                 *as_pair("negative_target_size", negative_target_size, (height, width)),
             )
-        elif negative_original_size is not None or negative_target_size is not None:
-            warnings.warn("negative_original_size and negative_target_size have no effect one by one", stacklevel=3)
+        elif negative_original_size or negative_target_size or negative_crops_coords_top_left not in ((0, 0), [0, 0]):
+            names = "negative_original_size, negative_target_size and negative_crops_coords_top_left"
+            warnings.warn(f"{names} have no effect without the first two", stacklevel=3)
         texts = (prompt, prompt_2, negative_prompt, negative_prompt_2)
         states = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
