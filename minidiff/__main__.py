@@ -102,8 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.list or args.bundled:
         known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
         if args.list:
-            print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
+            for kind, those in known.items():
+                if kind != "words":  # all that the other lists are made of, and small ones
+                    print(f"{kind.capitalize()}: {', '.join(those)}")
             print('One thing or two: "a fox and a cactus on a yellow background"')
+            print("What a prompt leaves out may be anything: another seed, another picture (-n 8 draws eight)")
             return 0
         warn_of_unknown_words(f"{args.prompt} {args.negative or ''}", known["words"])
 

@@ -1,15 +1,23 @@
-"""Trains the two models in the box on a CPU: `python train_tiny.py tiny-emoji` and `python train_tiny.py tiny-ddpm`."""
+"""Trains the two models in the box on a CPU: `python train_tiny.py tiny-emoji` and `python train_tiny.py tiny-ddpm`.
+
+`python train_tiny.py --pictures DIR --out FOLDER` makes another tiny-emoji, of your own pictures.
+"""
 
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+import scenes
 import sprites
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,7 +38,8 @@ from minidiff import (
 BUNDLED = Path(__file__).parents[1] / "minidiff/bundled"
 SHOWN = 32  # pictures in the grids that show progress
 FASTER = torch.autocast("cpu", torch.bfloat16)  # for convolutions of many pixels; small ones are no faster in it
-DUETS = 16_384  # scenes with two emoji whose latents are computed once
+POOL = 40_000  # scenes that tiny-emoji is trained on
+VIEWS = 16  # of each of your own pictures
 
 
 class Muon(torch.optim.Optimizer):
@@ -131,7 +140,106 @@ def train(
     model.load_state_dict(average)
 
 
-def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
+class Data(Protocol):
+    """Pictures and the words for them; both tiny-emoji's scenes and a folder of pictures are such."""
+
+    words: list[str]  # all that prompts are made of
+    length: int  # the most tokens of a prompt
+
+    def __len__(self) -> int: ...
+
+    def pictures(self, index: Tensor) -> Tensor:
+        """Float (B, 3, 64, 64) in [0, 1]."""
+
+    def prompts(self, index: Tensor) -> list[str]:
+        """One for each picture, in words that may differ from call to call; "" in one of ten, for guidance."""
+
+    def shown(self) -> tuple[Tensor, list[str]]:
+        """SHOWN pictures for the grids that show progress, and full prompts for them."""
+
+
+class Emoji:
+    """POOL random scenes: finite, so that one can look whether a picture is a copy of any."""
+
+    words, length = scenes.words(), 16
+
+    def __init__(self):
+        self.scenes = scenes.trained(POOL)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def pictures(self, index: Tensor) -> Tensor:
+        return scenes.render(self.scenes[index])
+
+    def prompts(self, index: Tensor) -> list[str]:
+        return scenes.random_prompts(self.scenes[index])
+
+    def shown(self) -> tuple[Tensor, list[str]]:
+        unseen = scenes.join(*(scenes.unseen(kind, SHOWN // 2) for kind in ("corner", "pair")))
+        return scenes.render(unseen), scenes.prompts(unseen)
+
+
+class Folder:
+    """Your own pictures, as 64x64. Each is seen in VIEWS views, moved and enlarged a little, so that few suffice.
+
+    Prompts are the lines {"file_name": ..., "text": ...} of metadata.jsonl, or, where there is none, the files' names:
+    "a red boat.png", and "a red boat 2.png" or "a red boat_2.png" for another one.
+    """
+
+    length = 77
+
+    def __init__(self, folder: Path):
+        metadata = folder / "metadata.jsonl"
+        if metadata.exists():
+            entries = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+            wrong = [entry for entry in entries if {"file_name", "text"} - entry.keys()]
+            if wrong:
+                raise SystemExit(f"{metadata}: the line {wrong[0]} must have file_name and text")
+            texts = {folder / entry["file_name"]: entry["text"] for entry in entries}
+        else:
+            files = sorted(
+                file for file in folder.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+            )
+            texts = {file: re.sub(r"[\s_-]*\d*$", "", file.stem).replace("_", " ") for file in files}
+        if not texts:
+            raise SystemExit(f"{folder}: there are no pictures in it (png, jpg, webp), and no metadata.jsonl")
+        self.texts = list(texts.values())
+        self.words = sorted({word for text in self.texts for word in re.findall(r"[^\W_]+", text.lower())})
+        self.squares = torch.stack([self.square(file) for file in texts])
+        self.views = torch.rand(len(texts) * VIEWS, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    @staticmethod
+    def square(file: Path) -> Tensor:
+        """The middle of a picture, (3, 64, 64); what is transparent becomes white."""
+        with Image.open(file) as picture:
+            whole = picture.convert("RGBA")
+        paper = Image.new("RGBA", whole.size, "white")
+        paper.alpha_composite(whole)
+        fitted = ImageOps.fit(paper.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1) / 255
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def pictures(self, index: Tensor) -> Tensor:
+        x, y, zoom = self.views[index].T
+        size = 0.95 + 0.05 * zoom  # of what is seen of the square; the rest is room to move
+        zero = torch.zeros_like(size)
+        rows = [torch.stack([size, zero, (1 - size) * x], 1), torch.stack([zero, size, (1 - size) * y], 1)]
+        grid = F.affine_grid(torch.stack(rows, 1), [len(index), 3, 64, 64], align_corners=False)
+        return F.grid_sample(self.squares[index % len(self.texts)], grid, padding_mode="border", align_corners=False)
+
+    def prompts(self, index: Tensor) -> list[str]:
+        kept = (torch.rand(len(index)) >= 0.1).tolist()
+        return [self.texts[i % len(self.texts)] if keep else "" for i, keep in zip(index.tolist(), kept, strict=True)]
+
+    def shown(self) -> tuple[Tensor, list[str]]:
+        some = torch.linspace(0, len(self.texts) - 1, SHOWN).long()
+        return self.squares[some], [self.texts[i] for i in some]
+
+
+def train_vae(data: Data, steps: int, batch: int, folder: Path) -> AutoencoderKL:
     """Reconstruction in the mean square, plus a small KL term: it bounds the latents and closes channels not needed."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -147,69 +255,50 @@ def train_vae(steps: int, batch: int, folder: Path) -> AutoencoderKL:
         vae.quant_conv.weight[16:] *= 0.1
         vae.quant_conv.bias[16:] = -6
     vae.to(memory_format=torch.channels_last)
-    singles, duets = sprites.alone(~sprites.held_out()), sprites.duets(unseen=False)
+    unseen = data.shown()[0]
 
     def loss() -> Tensor:
-        single, duet = torch.randint(len(singles), (batch // 2,)), torch.randint(len(duets), (batch - batch // 2,))
-        x = sprites.render(torch.cat([singles[single], duets[duet]])) / 127.5 - 1
+        x = 2 * data.pictures(torch.randint(len(data), (batch,))) - 1
         with FASTER:
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         return F.mse_loss(decoded.float(), x) + 1e-6 * posterior.kl().mean()
 
     def show() -> Tensor:
-        return vae.decode(encode(vae, sprites.render(unseen()))).sample / 2 + 0.5
+        return vae.decode(encode(vae, unseen)).sample / 2 + 0.5
 
     train(vae, loss, show, steps, 6e-3, folder)
     return vae
 
 
-def train_decoder(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> None:
+def train_decoder(vae: AutoencoderKL, data: Data, steps: int, batch: int, folder: Path) -> None:
     """The decoder once more, alone, on the latents' means: what the UNet learns to make has none of their noise."""
-    pictures = sprites.render(trained())
-    latents, unseen_latents = encode(vae, pictures), encode(vae, sprites.render(unseen()))
+    unseen_latents = encode(vae, data.shown()[0])
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
     def loss() -> Tensor:
-        picture = half_alone(batch, len(pictures))
+        pictures = data.pictures(torch.randint(len(data), (batch,)))
+        latents = encode(vae, pictures)
         with FASTER:
-            decoded = vae.decode(latents[picture]).sample
-        return F.mse_loss(decoded.float(), pictures[picture] / 127.5 - 1)
+            decoded = vae.decode(latents).sample
+        return F.mse_loss(decoded.float(), 2 * pictures - 1)
 
     train(decoder, loss, lambda: vae.decode(unseen_latents).sample / 2 + 0.5, steps, 3e-3, folder)
 
 
-def unseen() -> Tensor:
-    """Scenes (SHOWN, 3) for the grids, which are never trained on: half with one emoji, half with two."""
-    both = sprites.alone(sprites.held_out()), sprites.duets(unseen=True)
-    return torch.cat([scenes[torch.linspace(0, len(scenes) - 1, SHOWN // 2).long()] for scenes in both])
-
-
-def trained() -> Tensor:
-    """Scenes (N, 3): all with one emoji that are trained on, then DUETS with two; more wouldn't fit into memory."""
-    duets = sprites.duets(unseen=False)
-    some = torch.randperm(len(duets), generator=torch.Generator().manual_seed(0))[:DUETS]
-    return torch.cat([sprites.alone(~sprites.held_out()), duets[some]])
-
-
-def half_alone(batch: int, scenes: int) -> Tensor:
-    """The numbers of `batch` random scenes out of `trained`: half of them with one emoji, half with two."""
-    first = scenes - DUETS
-    return torch.cat([torch.randint(first, (batch // 2,)), torch.randint(first, scenes, (batch - batch // 2,))])
-
-
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """The latents (B, 16, 8, 8) of uint8 pictures (B, 3, 64, 64)."""
-    return torch.cat([vae.encode(batch / 127.5 - 1).latent_dist.mode() for batch in pictures.split(64)])
+    """The latents (B, 16, 8, 8) of pictures (B, 3, 64, 64) in [0, 1]."""
+    with FASTER:
+        return torch.cat([vae.encode(2 * batch - 1).latent_dist.mode() for batch in pictures.split(64)]).float()
 
 
-def train_tokenizer() -> CLIPTokenizer:
+def train_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
     """Byte pairs until every word of the prompts is one token, in CLIP's form: its alphabet comes first.
 
     Then come the words in alphabetical order: their ids are the same in every run, the order of the merges isn't.
     """
-    words, trained = sprites.words(), Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
     trained.train_from_iterator(words, trainer)
@@ -220,12 +309,15 @@ def train_tokenizer() -> CLIPTokenizer:
         {"".join(pair) for pair in merges}, key=lambda piece: (piece.removesuffix("</w>") not in words, piece)
     )
     tokens = [*alphabet, *pieces, "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=16)
+    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=length)
 
 
-def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> StableDiffusionPipeline:
-    """Text encoder and UNet together, on v-prediction (Progressive distillation, arXiv 2202.00512, appendix D)."""
-    tokenizer = train_tokenizer()
+def train_unet(vae: AutoencoderKL, data: Data, steps: int, batch: int, folder: Path) -> StableDiffusionPipeline:
+    """Text encoder and UNet together, on v-prediction (Progressive distillation, arXiv 2202.00512, appendix D).
+
+    Two levels of the UNet sketch x0 too, each through one layer that is thrown away afterwards: see `train_ddpm`.
+    """
+    tokenizer = train_tokenizer(data.words, data.length)
     text_encoder = CLIPTextModel.from_config(
         {
             "vocab_size": tokenizer.vocab_size,
@@ -253,37 +345,41 @@ def train_unet(vae: AutoencoderKL, steps: int, batch: int, folder: Path) -> Stab
     )
     scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
-    # The VAE is finished: every picture's latents, and every prompt's tokens, are computed once
-    scenes = trained()
-    latents = encode(vae, sprites.render(scenes))
+    # The VAE is finished: every picture's latents are computed once
+    latents = torch.cat([encode(vae, data.pictures(index)) for index in torch.arange(len(data)).split(64)])
     scaling_factor = 1 / latents.std().item()
     latents *= scaling_factor
-    prompts = [[*sprites.scene_prompts(scene), ""] for scene in scenes.tolist()]
-    tokens = tokenizer(
-        [prompt for ways in prompts for prompt in ways], padding="max_length", return_tensors="pt"
-    ).input_ids
-    tokens = tokens.unflatten(0, (len(prompts), -1))  # (pictures, ways to ask, 16)
-    often = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.1])  # the last is the empty prompt, for guidance
+    stages = {unet.mid: 2, unet.up[0]: 1}  # how many latents' sides one place of theirs stands for
+    sketch = nn.ModuleList(nn.Conv2d(128, 16 * n * n, kernel_size=1) for n in stages.values())
+    gave = {}
+    hooks = [stage.register_forward_hook(lambda stage, inputs, h: gave.update({stage: h})) for stage in stages]
 
     def loss() -> Tensor:
-        picture = half_alone(batch, len(latents))
-        way = torch.multinomial(often, batch, replacement=True)
-        t = torch.randint(1000, (batch,))
-        x0, noise = latents[picture], torch.randn(batch, *latents.shape[1:])
-        states = text_encoder(tokens[picture, way]).last_hidden_state
+        index = torch.randint(len(latents), (batch,))
+        tokens = tokenizer(data.prompts(index), padding="max_length", return_tensors="pt").input_ids
+        even = (torch.arange(batch) + torch.rand(batch)) / batch  # one from each equal share
+        middle = torch.sigmoid(torch.special.ndtri(even) - 0.2)  # where noise hides some of the picture
+        t = (1000 * torch.where(torch.arange(batch) % 2 == 0, even, middle)).long().clamp(max=999)
+        x0, noise = latents[index], torch.randn(batch, 16, 8, 8)
+        states = text_encoder(tokens).last_hidden_state
         predicted = unet(scheduler.add_noise(x0, noise, t), t, states).sample
-        return F.mse_loss(predicted, scheduler.get_velocity(x0, noise, t))
+        sketches = 0.0
+        for stage, layer, n in zip(stages, sketch, stages.values(), strict=True):
+            sketches += F.mse_loss(F.pixel_shuffle(layer(gave[stage]), n), x0)
+        return F.mse_loss(predicted, scheduler.get_velocity(x0, noise, t)) + 0.3 * sketches
 
     vae.config = vae.Config.read({**vae.config, "scaling_factor": scaling_factor})
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    wanted = [sprites.scene_prompts(scene)[0] for scene in unseen().tolist()]
+    wanted = data.shown()[1]
 
     def show() -> Tensor:
         options = {"num_inference_steps": 20, "guidance_scale": 3.0, "output_type": "pt"}
         return pipe(wanted, generator=torch.Generator().manual_seed(0), **options).images
 
-    train(nn.ModuleList([unet, text_encoder]), loss, show, steps, 3e-3, folder, ema=0.998)
+    train(nn.ModuleList([unet, text_encoder, sketch]), loss, show, steps, 3e-3, folder, ema=0.998)
+    for hook in hooks:
+        hook.remove()
     return pipe
 
 
@@ -370,9 +466,35 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     return pipe
 
 
+def save(pipe: StableDiffusionPipeline | DDPMPipeline, out: Path) -> None:
+    """Half as many bytes, and a folder that the reference loads without arguments.
+
+    It takes the text encoder, alone of all parts, in the type that its config names: float16 as saved would meet
+    float32 in the UNet.
+    """
+    pipe.to(torch.float16).save_pretrained(out)
+    config = out / "text_encoder/config.json"
+    if config.exists():
+        settings = json.loads(config.read_text()) | {"torch_dtype": "float32"}
+        config.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def known() -> dict[str, list[str]]:
+    """What tiny-emoji can be asked for, for `python -m minidiff --list` and its hints."""
+    return {
+        "things": scenes.THINGS,
+        "styles": scenes.STYLES,
+        "sizes": scenes.SIZES,
+        "places": list(scenes.PLACES.values()),
+        "backgrounds": scenes.COLOURS,
+        "words": scenes.words(),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=["tiny-emoji", "tiny-ddpm"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=["tiny-emoji", "tiny-ddpm"], default="tiny-emoji")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="pictures of your own, for a tiny-emoji of them")
     parser.add_argument("--steps", type=int, nargs="+", help="of VAE, decoder and UNet, or of tiny-ddpm's one UNet")
     parser.add_argument("--batch", type=int, nargs="+", help="pictures a step, likewise")
     parser.add_argument(
@@ -383,23 +505,23 @@ def main() -> None:
     stages = 3 if options.model == "tiny-emoji" else 1
     if any(len(numbers) != stages for numbers in (options.steps, options.batch) if numbers):
         parser.error(f"{options.model} is trained in {stages} stage(s): --steps and --batch take a number for each")
+    if options.pictures and (options.model == "tiny-ddpm" or not options.out):
+        parser.error("--pictures needs --out, and makes a model like tiny-emoji, not like tiny-ddpm")
     torch.manual_seed(0)
-    if options.model == "tiny-emoji":
-        steps, batch = options.steps or (3000, 1000, 6000), options.batch or (16, 16, 64)
-        vae = train_vae(steps[0], batch[0], options.runs / "tiny-emoji-vae")
-        train_decoder(vae, steps[1], batch[1], options.runs / "tiny-emoji-decoder")
-        pipe = train_unet(vae, steps[2], batch[2], options.runs / "tiny-emoji-unet")
-    else:
-        (steps,), (batch,) = options.steps or (10_000,), options.batch or (32,)
-        pipe = train_ddpm(steps, batch, options.runs / "tiny-ddpm")
     out = options.out or BUNDLED / options.model
-    pipe.to(torch.float16).save_pretrained(out)
-    config = out / "text_encoder" / "config.json"  # of all parts the reference takes this one in the type named here
-    if config.exists():
-        config.write_text(config.read_text().replace('"torch_dtype": "float16"', '"torch_dtype": "float32"'))
-    if options.model == "tiny-emoji":
-        known = {"things": sprites.NAMES, "colours": list(sprites.COLOURS), "words": sprites.words()}
-        (out / "known.json").write_text(json.dumps(known) + "\n")  # for `python -m minidiff --list`
+    if options.model == "tiny-ddpm":
+        (steps,), (batch,) = options.steps or (10_000,), options.batch or (32,)
+        save(train_ddpm(steps, batch, options.runs / "tiny-ddpm"), out)
+        return
+    data = Folder(options.pictures) if options.pictures else Emoji()
+    runs = options.runs / (out.name if options.pictures else options.model)
+    steps = options.steps or ((1500, 300, 900) if options.pictures else (4500, 900, 10_000))
+    batch = options.batch or (16, 16, 64)
+    vae = train_vae(data, steps[0], batch[0], Path(f"{runs}-vae"))
+    train_decoder(vae, data, steps[1], batch[1], Path(f"{runs}-decoder"))
+    save(train_unet(vae, data, steps[2], batch[2], Path(f"{runs}-unet")), out)
+    if not options.pictures:
+        (out / "known.json").write_text(json.dumps(known()) + "\n")
 
 
 if __name__ == "__main__":

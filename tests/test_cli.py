@@ -1,5 +1,6 @@
 """The command line, in this process: what it draws, writes and prints."""
 
+import json
 import re
 from pathlib import Path
 
@@ -121,7 +122,10 @@ def test_unknown_words_are_named(tmp_path, monkeypatch, capsys):
     assert "'foxx'; did you mean fox?" in capsys.readouterr().err
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    assert "red apple" in out and "Backgrounds: " in out and '"a fox and a cactus on a yellow background"' in out
+    assert "red apple" in out and '"a fox and a cactus on a yellow background"' in out
+    known = json.loads((minidiff.bundled("tiny-emoji") / "known.json").read_text())
+    lists = [f"{kind.capitalize()}: {', '.join(those)}" for kind, those in known.items()]
+    assert all((line in out) == (not line.startswith("Words")) for line in lists)
 
 
 def test_the_bundled_model_by_its_name(tmp_path, monkeypatch, capsys):
