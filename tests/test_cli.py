@@ -99,7 +99,7 @@ def test_a_pipeline_without_a_prompt(draw, tiny_ddpm_folder, capsys):
 
 def test_the_bundled_model_draws_what_the_prompt_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["a red apple on a blue background"]) == 0
+    assert main(["a large red apple in the middle on a blue background"]) == 0
     captured = capsys.readouterr()
     assert "Drawn by the bundled tiny-emoji; a real one: --model" in captured.out
     assert "warning" not in captured.err
