@@ -14,9 +14,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from torch.nn import Module
+
 from .component import FORMAT_VERSION, REGISTRY, Component, check_save
 from .config import LoadError, read_json, write_json
-from .model import Model
 from .save import INDEX, replacing
 from .weights import Files, find_weights, wanted
 
@@ -70,7 +71,7 @@ def load_components(
     at_root = (root / "config.json").exists()  # the DDPM paper's own repositories have no folder for each component
     nested = {name for name, cls in to_read.items() if any((root / name / file).exists() for file in cls.files)}
     folders = {name: root if at_root and name not in nested else root / name for name in to_read}
-    models = [name for name, cls in to_read.items() if issubclass(cls, Model)]
+    models = [name for name, cls in to_read.items() if issubclass(cls, Module)]
     if files.variant and models and not any(find_weights(folders[name], files) for name in models):
         raise LoadError(f"{root}: no component has weights of the variant {files.variant!r}")
     for name, cls in to_read.items():
@@ -99,10 +100,11 @@ def save_components(
     for name, component in components.items():
         index[name] = [None, None]
         if component is not None:
-            written[name] = component = getattr(component, "_orig_mod", component)  # torch.compile wraps it
+            component = getattr(component, "_orig_mod", component)  # torch.compile wraps it
             if REGISTRY.get(type(component).__name__) is not type(component):
                 raise TypeError(f"{name} is a {type(component).__name__}, which isn't minidiff's and can't be saved")
             index[name] = [component.library, type(component).__name__]
+            written |= {place.name: part for place, part in component.parts(Path(folder) / name).items()}
 
     def ends(part: Component) -> Callable[[Path], set[str]]:
         return lambda old: part.replaced(old, files)
