@@ -22,7 +22,7 @@ from ..loading.component import Component
 from ..loading.config import MAX_LEVELS, LoadError, Range, Width
 from ..loading.weights import Files
 from ..outputs import output
-from .unet import UNet2DConditionConfig, UNet2DConditionModel
+from .unet import ConditionUNet, UNet2DConditionConfig, UNet2DConditionModel
 
 
 @output
@@ -95,7 +95,7 @@ ControlNetConfig.fixed = {
 }
 
 
-class ControlNetModel(UNet2DConditionModel):
+class ControlNetModel(ConditionUNet):
     """For SD 1.x, 2.x and, with `text_time`, XL."""
 
     Config = ControlNetConfig

@@ -602,14 +602,8 @@ class UNet(Model, abstract=True):
             raise ValueError(f"sample has shape {tuple(sample.shape)}; height and width must be at least {self.factor}")
 
 
-class UNet2DConditionModel(UNet):
-    """Predicts the noise in latents, given text states (High-resolution image synthesis with latent diffusion, 3.3).
-
-    SD 1.x, SD 2.x, inpainting (9 input channels: latents, mask, masked picture) and, with `text_time`, SD XL.
-    """
-
-    Config = UNet2DConditionConfig
-    table = UNET_2D_CONDITION
+class ConditionUNet(UNet, abstract=True):
+    """What UNet2DConditionModel shares with ControlNetModel: attention that reads text, and what joins the timestep."""
 
     def build(self, c: UNet2DConditionConfig) -> None:
         super().build(c)
@@ -659,6 +653,47 @@ class UNet2DConditionModel(UNet):
             )
         return self.added_mlp(joined.to(sample.dtype))
 
+    def embed(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        states: Tensor | None,
+        class_labels: Tensor | None,
+        timestep_cond: Tensor | None,
+        added_cond_kwargs: dict[str, Tensor] | None,
+        others: dict[str, None],
+    ) -> Tensor:
+        """Checks what `forward` is given, and makes of it what the residual blocks read, (B, time_dim)."""
+        self.check(sample)
+        for name, value in others.items():
+            if name not in REFUSED:
+                raise TypeError(f"{name} is no argument of {type(self).__name__}")
+            if value is not None:
+                raise ValueError(f"{name} must be None: {REFUSED[name]}")
+        self.check_states(sample, states)
+        if timestep_cond is not None:
+            self.check_inputs(timestep_cond=timestep_cond)
+            dim = self.config.time_cond_proj_dim
+            if dim is None or timestep_cond.shape != (sample.shape[0], dim):
+                takes = "none, since it has no time_cond_proj_dim" if dim is None else (sample.shape[0], dim)
+                raise ValueError(f"timestep_cond has shape {tuple(timestep_cond.shape)}; this UNet takes {takes}")
+        temb = self.embed_timestep(sample, timestep, timestep_cond) + self.embed_class(sample, class_labels)
+        if self.config.addition_embed_type == "text_time":
+            temb = temb + self.embed_added(sample, added_cond_kwargs)
+        elif added_cond_kwargs:
+            raise ValueError("added_cond_kwargs was given, but this UNet has no addition_embed_type: leave it out")
+        return temb
+
+
+class UNet2DConditionModel(ConditionUNet):
+    """Predicts the noise in latents, given text states (High-resolution image synthesis with latent diffusion, 3.3).
+
+    SD 1.x, SD 2.x, inpainting (9 input channels: latents, mask, masked picture) and, with `text_time`, SD XL.
+    """
+
+    Config = UNet2DConditionConfig
+    table = UNET_2D_CONDITION
+
     def forward(
         self,
         sample: Tensor,
@@ -694,37 +729,6 @@ class UNet2DConditionModel(UNet):
             raise ValueError(f"down_block_additional_residuals are {len(down)}; this UNet has {count} skip connections")
         out = self.denoise(sample, temb, states, None if down is None else (down, mid))
         return UNetOutput(out) if return_dict else (out,)
-
-    def embed(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        states: Tensor | None,
-        class_labels: Tensor | None,
-        timestep_cond: Tensor | None,
-        added_cond_kwargs: dict[str, Tensor] | None,
-        others: dict[str, None],
-    ) -> Tensor:
-        """Checks what `forward` is given, and makes of it what the residual blocks read, (B, time_dim)."""
-        self.check(sample)
-        for name, value in others.items():
-            if name not in REFUSED:
-                raise TypeError(f"{name} is no argument of {type(self).__name__}")
-            if value is not None:
-                raise ValueError(f"{name} must be None: {REFUSED[name]}")
-        self.check_states(sample, states)
-        if timestep_cond is not None:
-            self.check_inputs(timestep_cond=timestep_cond)
-            dim = self.config.time_cond_proj_dim
-            if dim is None or timestep_cond.shape != (sample.shape[0], dim):
-                takes = "none, since it has no time_cond_proj_dim" if dim is None else (sample.shape[0], dim)
-                raise ValueError(f"timestep_cond has shape {tuple(timestep_cond.shape)}; this UNet takes {takes}")
-        temb = self.embed_timestep(sample, timestep, timestep_cond) + self.embed_class(sample, class_labels)
-        if self.config.addition_embed_type == "text_time":
-            temb = temb + self.embed_added(sample, added_cond_kwargs)
-        elif added_cond_kwargs:
-            raise ValueError("added_cond_kwargs was given, but this UNet has no addition_embed_type: leave it out")
-        return temb
 
 
 # Keys that real checkpoints hold at one value alone

@@ -1,0 +1,338 @@
+"""ControlNet: the pipelines of Stable Diffusion, steered by a picture of edges, depth, a pose, ... (arXiv 2302.05543).
+
+At each step the net sees what the UNet sees, and the control picture; what it makes is added inside the UNet. All else
+is the plain pipeline's: a call here is a call there, by a view of the pipeline that knows the control.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..checks import as_integer, check_number
+from ..image_processor import PipelineImageInput, VaeImageProcessor
+from ..models import ControlNetModel, MultiControlNetModel
+from ..noise import Generators
+from .denoise import Tensors
+from .image_to_image import StableDiffusionImg2ImgPipeline
+from .inpaint import StableDiffusionInpaintPipeline
+from .latents import check_pictures, first_noise
+from .memory import device_of
+from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput
+from .text_to_image import StableDiffusionPipeline
+
+Numbers = float | Sequence[float]
+ControlImage = PipelineImageInput | list[PipelineImageInput]
+
+SHARED = ("block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")  # by net and UNet
+
+
+class Control(NamedTuple):
+    """What a call says of its nets: in each list there is one entry for each."""
+
+    pictures: list[Tensor]  # (n, C, H, W) in [0, 1], all of one size
+    scales: list[float]
+    starts: list[float]  # where in the run each begins and ends, as shares of the steps
+    ends: list[float]
+    guess_mode: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.pictures[0].shape[2:])
+
+    def at(self, i: int, steps: int) -> list[float]:
+        """The scales at step `i`: 0 for a net that doesn't serve there."""
+        spans = zip(self.scales, self.starts, self.ends, strict=True)
+        return [scale if start <= i / steps and (i + 1) / steps <= end else 0.0 for scale, start, end in spans]
+
+
+class Controlled(StableDiffusion):
+    """Base of the pipelines. `control_name`: what a callback calls the control picture."""
+
+    scheduler_mends = ()
+    mends_sample_size = False
+    control_name = "control_image"
+    pooling_guesses = True  # a net with `global_pool_conditions` is always in guess mode
+    _control: Control
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        options = {"vae_scale_factor": self.vae_scale_factor, "do_convert_rgb": True}
+        self.image_processor = VaeImageProcessor(**options)
+        self.control_image_processor = VaeImageProcessor(**options, do_normalize=False)
+
+    @property
+    def nets(self) -> list[ControlNetModel]:
+        return [*getattr(self.controlnet, "nets", [self.controlnet])]
+
+    def check_nets(self) -> None:
+        """Raises ValueError for a net that was made for another UNet."""
+        unet, latent = self.unet.config, self.vae.config.latent_channels
+        for c in (net.config for net in self.nets):
+            for key in SHARED:
+                if c.per_level(key) != unet.per_level(key):
+                    raise ValueError(
+                        f"controlnet has {key}={c[key]!r}, and is for another UNet: unet has {unet[key]!r}"
+                    )
+            if c.in_channels != latent:
+                raise ValueError(f"controlnet has {c.in_channels} input channels; it must read latents alone: {latent}")
+
+    def controlled(
+        self,
+        image: ControlImage | None,
+        height: int | None,
+        width: int | None,
+        controlnet_conditioning_scale: Numbers,
+        guess_mode: bool,
+        control_guidance_start: Numbers,
+        control_guidance_end: Numbers,
+        crop: tuple[int, int, int, int] | None = None,
+        **facts: Any,
+    ) -> Self:
+        """A view of this pipeline that knows a call's control."""
+        count, pools = len(self.nets), self.nets[0].config.global_pool_conditions
+        scales = _each("controlnet_conditioning_scale", controlnet_conditioning_scale, count)
+        starts = _each("control_guidance_start", control_guidance_start, count, most=1)
+        ends = _each("control_guidance_end", control_guidance_end, count, most=1)
+        for start, end in zip(starts, ends, strict=True):
+            if start >= end:
+                raise ValueError(f"control_guidance_start={start} must be less than control_guidance_end={end}")
+        pictures = self.control_pictures(image, height, width, crop)
+        guess_mode = bool(guess_mode or (self.pooling_guesses and pools))
+        return self.knowing(_control=Control(pictures, scales, starts, ends, guess_mode), **facts)
+
+    def control_pictures(
+        self,
+        image: ControlImage | None,
+        height: int | None,
+        width: int | None,
+        crop: tuple[int, int, int, int] | None,
+    ) -> list[Tensor]:
+        """For each net its pictures, (n, C, H, W) in [0, 1]."""
+        name, nets, given = self.control_name, self.nets, [image]
+        if image is None:
+            raise ValueError(f"{name} is None: give the picture that the ControlNet is to follow")
+        for side, value in (("height", height), ("width", width)):
+            if value is not None and as_integer(value, side) < self.vae_scale_factor:
+                raise ValueError(f"{side}={value} must be {self.vae_scale_factor} or more")
+        if hasattr(self.controlnet, "nets"):
+            given = image if isinstance(image, list | tuple) else []
+            by_prompt = any(isinstance(one, list | tuple) for one in given)
+            counts = {len(one) if isinstance(one, list | tuple) else 1 for one in given} if by_prompt else {len(given)}
+            if counts != {len(nets)}:
+                raise ValueError(
+                    f"{name} must be a list with a picture for each of {len(nets)} nets, or a list of such"
+                )
+            given = [list(own) for own in zip(*given, strict=True)] if by_prompt else given
+        options = {"resize_mode": "default" if crop is None else "fill", "crops_coords": crop}
+        made = [self.control_image_processor.preprocess(one, height, width, **options).float() for one in given]
+        for picture, net in zip(made, nets, strict=True):
+            shape = (net.config.conditioning_channels, *made[0].shape[2:])
+            if picture.shape[1:] != shape:
+                raise ValueError(f"{name} has shape {tuple(picture.shape)} as a tensor; it must have (n, *{shape})")
+        return made
+
+    def read_pictures(self, image: PipelineImageInput) -> Tensor:
+        size = self._control.size
+        pictures = check_pictures("image", image, self.image_processor.preprocess(image, *size), self.vae)
+        factor = self.vae.factor if pictures.shape[1] == self.vae.config.latent_channels else 1
+        if (own := tuple(factor * side for side in pictures.shape[2:])) != size:
+            raise ValueError(
+                f"image are latents for a picture of {own}, {self.control_name} is {size}: they must agree"
+            )
+        return pictures
+
+    def text_tensors(self, *arguments: Any) -> tuple[Tensors, int]:
+        tensors, B = super().text_tensors(*arguments)
+        control, steps = self._control, len(self.scheduler.timesteps) - (self.scheduler.begin_index or 0)
+        self._scales = iter([control.at(i, steps) for i in range(steps)])
+        dtype, twice = next(self.controlnet.parameters()).dtype, self.do_classifier_free_guidance
+        pictures = []
+        for picture in control.pictures:
+            if B % len(picture):
+                raise ValueError(
+                    f"{self.control_name} holds {len(picture)} for {B} pictures: give one, or one a prompt"
+                )
+            own = picture.repeat_interleave(B // len(picture), dim=0).to(device_of(self.controlnet), dtype)
+            pictures.append(torch.cat([own, own]) if twice and not control.guess_mode else own)
+        tensors[self.control_name] = pictures if hasattr(self.controlnet, "nets") else pictures[0]
+        return tensors, B
+
+    def told(self, tensors: Tensors, x: Tensor, t: Tensor) -> dict[str, Any]:
+        """What the UNet is told, with what the nets make. In guess mode they see the half with the prompt alone."""
+        told, scales, several = super().told(tensors, x, t), next(self._scales), hasattr(self.controlnet, "nets")
+        if not any(scales):
+            return told
+        guess, latent = self._control.guess_mode, tensors["latents"].shape[1]
+        halved = guess and self.do_classifier_free_guidance
+        rows, dtype = len(x) // 2 if halved else len(x), next(self.controlnet.parameters()).dtype
+
+        def seen(value: Tensor) -> Tensor:
+            return value[-rows:].to(device_of(self.controlnet), dtype)
+
+        pictures = tensors[self.control_name]
+        added = told.get("added_cond_kwargs")
+        down, mid = self.controlnet(
+            seen(x[:, :latent]),
+            t,
+            seen(told["encoder_hidden_states"]),
+            [seen(one) for one in pictures] if several else seen(pictures),
+            scales if several else scales[0],
+            guess_mode=guess,
+            added_cond_kwargs=added and {name: seen(value) for name, value in added.items()},
+            return_dict=False,
+        )
+        made = [one.to(x.device, x.dtype) for one in (*down, mid)]
+        if halved:
+            made = [torch.cat([torch.zeros_like(one), one]) for one in made]
+        return told | {"down_block_additional_residuals": made[:-1], "mid_block_additional_residual": made[-1]}
+
+
+def _each(name: str, value: Numbers, count: int, most: float | None = None) -> list[float]:
+    """One number for each net, of one for all or a list."""
+    values = [*value] if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{name} has {len(values)} numbers for {count} ControlNets: give one, or one for each")
+    for one in values:
+        check_number(one, name, **({} if most is None else {"least": 0, "most": most}))
+    return values
+
+
+def with_controlnet(plain: type[StableDiffusion]) -> Callable[..., None]:
+    """The `__init__` of `plain` that takes a `controlnet` too, after the `unet`: a net, or a list of several."""
+    parameters = [*inspect.signature(plain.__init__).parameters.values()]
+    kind, place = ControlNetModel | MultiControlNetModel | list | tuple, [p.name for p in parameters].index("unet") + 1
+    parameters.insert(place, inspect.Parameter("controlnet", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind))
+    signature = inspect.Signature(parameters)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        parts = signature.bind(self, *args, **kwargs).arguments
+        net = parts.pop("controlnet")
+        plain.__init__(**parts)
+        net = MultiControlNetModel(net) if isinstance(net, list | tuple) else net
+        self.register_modules(**self.components, controlnet=net)
+        self.check_nets()
+
+    __init__.__signature__, __init__.__annotations__ = signature, {p.name: p.annotation for p in parameters[1:]}
+    return __init__
+
+
+class StableDiffusionControlNetPipeline(Controlled, StableDiffusionPipeline):
+    """Text to image, for SD 1.x and 2.x."""
+
+    _callback_tensor_inputs = (*StableDiffusion._callback_tensor_inputs, "image")
+    control_name = "image"
+    __init__ = with_controlnet(StableDiffusionPipeline)
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: ControlImage | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        *,
+        controlnet_conditioning_scale: Numbers = 1.0,
+        guess_mode: bool = False,
+        control_guidance_start: Numbers = 0.0,
+        control_guidance_end: Numbers = 1.0,
+        **others: Any,
+    ) -> StableDiffusionPipelineOutput | tuple:
+        """Draws as `StableDiffusionPipeline`, whose other arguments, and errors, these are.
+
+        Args:
+            image: the control picture, or a list with one for each prompt; for several nets a list with a picture for
+                each, or a list of such lists, one for each prompt.
+            height, width: of all pictures; by default the control picture's, down to multiples of the VAE's factor.
+            controlnet_conditioning_scale: how strongly the nets steer; one number, or a list with one for each.
+            guess_mode: the nets steer the pass with the prompt alone, and do so the less, the earlier in the UNet.
+            control_guidance_start, control_guidance_end: the part of the run in which the nets steer, from 0 to 1; a
+                number, or a list with one for each.
+        """
+        options = (controlnet_conditioning_scale, guess_mode, control_guidance_start, control_guidance_end)
+        view = self.controlled(image, height, width, *options)
+        return StableDiffusionPipeline.__call__(view, prompt, *view._control.size, num_inference_steps, **others)
+
+
+class StableDiffusionControlNetImg2ImgPipeline(Controlled, StableDiffusionImg2ImgPipeline):
+    """A picture and a text to a picture, for SD 1.x and 2.x."""
+
+    _callback_tensor_inputs = (*StableDiffusion._callback_tensor_inputs, "control_image")
+    __init__ = with_controlnet(StableDiffusionImg2ImgPipeline)
+    _latents: Tensor | None
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        control_image: ControlImage | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        *,
+        latents: Tensor | None = None,
+        controlnet_conditioning_scale: Numbers = 0.8,
+        guess_mode: bool = False,
+        control_guidance_start: Numbers = 0.0,
+        control_guidance_end: Numbers = 1.0,
+        **others: Any,
+    ) -> StableDiffusionPipelineOutput | tuple:
+        """Draws as `StableDiffusionImg2ImgPipeline`, whose other arguments, and errors, these are.
+
+        `control_image` and what follows are those of `StableDiffusionControlNetPipeline`; `image` is made as large.
+        `latents`: in place of what would be made of `image`, already at the noise of the first step.
+        """
+        options = (controlnet_conditioning_scale, guess_mode, control_guidance_start, control_guidance_end)
+        view = self.controlled(control_image, height, width, *options, _latents=latents)
+        return StableDiffusionImg2ImgPipeline.__call__(view, prompt, image, strength, num_inference_steps, **others)
+
+    def first_latents(self, pictures: Tensor, B: int, timestep: Tensor, generator: Generators) -> Tensor:
+        if self._latents is None:
+            return super().first_latents(pictures, B, timestep, generator)
+        shape = (B, self.vae.config.latent_channels, *(side // self.vae.factor for side in self._control.size))
+        return first_noise(shape, generator, self._latents, self._execution_device, self.unet.dtype)
+
+
+class StableDiffusionControlNetInpaintPipeline(Controlled, StableDiffusionInpaintPipeline):
+    """A part of a picture drawn anew, for SD 1.x and 2.x, with a UNet of 9 or 4 channels."""
+
+    _callback_tensor_inputs = (*StableDiffusionInpaintPipeline._callback_tensor_inputs, "control_image")
+    __init__ = with_controlnet(StableDiffusionInpaintPipeline)
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        control_image: ControlImage | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        *,
+        output_type: str = "pil",
+        controlnet_conditioning_scale: Numbers = 0.5,
+        guess_mode: bool = False,
+        control_guidance_start: Numbers = 0.0,
+        control_guidance_end: Numbers = 1.0,
+        **others: Any,
+    ) -> StableDiffusionPipelineOutput | tuple:
+        """Draws as `StableDiffusionInpaintPipeline`, whose other arguments, and errors, these are.
+
+        `control_image` and what follows are those of `StableDiffusionControlNetPipeline`; `image` and `mask_image` are
+        made as large. With `padding_mask_crop` the control picture is cropped as they are.
+        """
+        if padding_mask_crop is not None and isinstance(image, Image.Image):
+            height, width = self.image_processor.get_default_height_width(image, height, width)
+        crop = self._crop(image, mask_image, height, width, padding_mask_crop, output_type)
+        options = (controlnet_conditioning_scale, guess_mode, control_guidance_start, control_guidance_end)
+        view = self.controlled(control_image, height, width, *options, crop)
+        pictures = {"image": image, "mask_image": mask_image, "padding_mask_crop": padding_mask_crop}
+        others |= {"height": view._control.size[0], "width": view._control.size[1], "output_type": output_type}
+        others |= {"strength": strength, "num_inference_steps": num_inference_steps}
+        return StableDiffusionInpaintPipeline.__call__(view, prompt, **pictures, **others)
