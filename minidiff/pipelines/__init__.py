@@ -21,6 +21,11 @@ from .text_to_image import StableDiffusionPipeline
 from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
 from .upscale import StableDiffusionUpscalePipeline
 from .xl import StableDiffusionXLPipeline
+from .xl_controlnet import (
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
 from .xl_image_to_image import StableDiffusionXLImg2ImgPipeline
 from .xl_inpaint import StableDiffusionXLInpaintPipeline
 
@@ -50,6 +55,9 @@ __all__ = [
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLPipeline",

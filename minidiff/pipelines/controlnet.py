@@ -18,7 +18,7 @@ from ..models import ControlNetModel, MultiControlNetModel
 from ..noise import Generators
 from .denoise import Tensors
 from .image_to_image import StableDiffusionImg2ImgPipeline
-from .inpaint import StableDiffusionInpaintPipeline
+from .inpaint import Inpainting, StableDiffusionInpaintPipeline
 from .latents import check_pictures, first_noise
 from .memory import device_of
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput
@@ -297,7 +297,28 @@ class StableDiffusionControlNetImg2ImgPipeline(Controlled, StableDiffusionImg2Im
         return first_noise(shape, generator, self._latents, self._execution_device, self.unet.dtype)
 
 
-class StableDiffusionControlNetInpaintPipeline(Controlled, StableDiffusionInpaintPipeline):
+class ControlledInpainting(Controlled, Inpainting):
+    """Base of those that draw a part of a picture."""
+
+    def controlled_part(
+        self,
+        control_image: ControlImage | None,
+        height: int | None,
+        width: int | None,
+        options: tuple[Numbers, bool, Numbers, Numbers],
+        image: PipelineImageInput,
+        mask_image: PipelineImageInput,
+        padding_mask_crop: int | None,
+        output_type: str,
+    ) -> Self:
+        """`controlled`, where the control picture is cropped as the picture is."""
+        if padding_mask_crop is not None and isinstance(image, Image.Image):
+            height, width = self.image_processor.get_default_height_width(image, height, width)
+        crop = self._crop(image, mask_image, height, width, padding_mask_crop, output_type)
+        return self.controlled(control_image, height, width, *options, crop)
+
+
+class StableDiffusionControlNetInpaintPipeline(ControlledInpainting, StableDiffusionInpaintPipeline):
     """A part of a picture drawn anew, for SD 1.x and 2.x, with a UNet of 9 or 4 channels."""
 
     _callback_tensor_inputs = (*StableDiffusionInpaintPipeline._callback_tensor_inputs, "control_image")
@@ -327,12 +348,9 @@ class StableDiffusionControlNetInpaintPipeline(Controlled, StableDiffusionInpain
         `control_image` and what follows are those of `StableDiffusionControlNetPipeline`; `image` and `mask_image` are
         made as large. With `padding_mask_crop` the control picture is cropped as they are.
         """
-        if padding_mask_crop is not None and isinstance(image, Image.Image):
-            height, width = self.image_processor.get_default_height_width(image, height, width)
-        crop = self._crop(image, mask_image, height, width, padding_mask_crop, output_type)
         options = (controlnet_conditioning_scale, guess_mode, control_guidance_start, control_guidance_end)
-        view = self.controlled(control_image, height, width, *options, crop)
-        pictures = {"image": image, "mask_image": mask_image, "padding_mask_crop": padding_mask_crop}
-        others |= {"height": view._control.size[0], "width": view._control.size[1], "output_type": output_type}
-        others |= {"strength": strength, "num_inference_steps": num_inference_steps}
-        return StableDiffusionInpaintPipeline.__call__(view, prompt, **pictures, **others)
+        crop = (image, mask_image, padding_mask_crop, output_type)
+        view = self.controlled_part(control_image, height, width, options, *crop)
+        leading = (prompt, image, mask_image, None, *view._control.size, padding_mask_crop, strength)
+        others |= {"output_type": output_type}
+        return StableDiffusionInpaintPipeline.__call__(view, *leading, num_inference_steps, **others)
