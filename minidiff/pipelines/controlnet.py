@@ -201,6 +201,19 @@ def _each(name: str, value: Numbers, count: int, most: float | None = None) -> l
     return values
 
 
+def taking(plain: type[StableDiffusion]) -> Callable[[Callable], Callable]:
+    """For a `__call__` that hands `**others` on to the one of `plain`: its signature shows what they are."""
+
+    def show(call: Callable) -> Callable:
+        own = {p.name: p for p in inspect.signature(call).parameters.values() if p.kind is not p.VAR_KEYWORD}
+        others = inspect.signature(plain.__call__).parameters.values()
+        others = [p.replace(kind=p.KEYWORD_ONLY) for p in others if p.name not in own]
+        call.__signature__ = inspect.Signature([*own.values(), *others])
+        return call
+
+    return show
+
+
 def with_controlnet(plain: type[StableDiffusion]) -> Callable[..., None]:
     """The `__init__` of `plain` that takes a `controlnet` too, after the `unet`: a net, or a list of several."""
     parameters = [*inspect.signature(plain.__init__).parameters.values()]
@@ -227,6 +240,7 @@ class StableDiffusionControlNetPipeline(Controlled, StableDiffusionPipeline):
     control_name = "image"
     __init__ = with_controlnet(StableDiffusionPipeline)
 
+    @taking(StableDiffusionPipeline)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -264,6 +278,7 @@ class StableDiffusionControlNetImg2ImgPipeline(Controlled, StableDiffusionImg2Im
     __init__ = with_controlnet(StableDiffusionImg2ImgPipeline)
     _latents: Tensor | None
 
+    @taking(StableDiffusionImg2ImgPipeline)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -324,6 +339,7 @@ class StableDiffusionControlNetInpaintPipeline(ControlledInpainting, StableDiffu
     _callback_tensor_inputs = (*StableDiffusionInpaintPipeline._callback_tensor_inputs, "control_image")
     __init__ = with_controlnet(StableDiffusionInpaintPipeline)
 
+    @taking(StableDiffusionInpaintPipeline)
     def __call__(
         self,
         prompt: str | list[str] | None = None,

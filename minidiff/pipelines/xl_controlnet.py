@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..image_processor import PipelineImageInput
-from .controlnet import ControlImage, Controlled, ControlledInpainting, Numbers, with_controlnet
+from .controlnet import ControlImage, Controlled, ControlledInpainting, Numbers, taking, with_controlnet
 from .latents import LatentsAs
 from .stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from .xl import StableDiffusionXLPipeline
@@ -18,6 +18,7 @@ class StableDiffusionXLControlNetPipeline(Controlled, StableDiffusionXLPipeline)
     control_name = "image"
     __init__ = with_controlnet(StableDiffusionXLPipeline)
 
+    @taking(StableDiffusionXLPipeline)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -50,6 +51,7 @@ class StableDiffusionXLControlNetImg2ImgPipeline(Controlled, StableDiffusionXLIm
     _callback_tensor_inputs = (*StableDiffusionXLImg2ImgPipeline._callback_tensor_inputs, "control_image")
     __init__ = with_controlnet(StableDiffusionXLImg2ImgPipeline)
 
+    @taking(StableDiffusionXLImg2ImgPipeline)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -87,6 +89,7 @@ class StableDiffusionXLControlNetInpaintPipeline(ControlledInpainting, StableDif
     pooling_guesses = False
     __init__ = with_controlnet(StableDiffusionXLInpaintPipeline)
 
+    @taking(StableDiffusionXLInpaintPipeline)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
