@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from layouts import make_folder
+from PIL import Image
 from reference import difference, narrow_config, randomize, twins
 from test_image_pipelines import mask, picture, seeded
 from test_models import noise, unet_inputs
 
 import minidiff
 from minidiff import ConfigError, ControlNetModel, LoadError, MultiControlNetModel, UNet2DConditionModel
+from minidiff.__main__ import main
 from weights_compat import TABLES
 
 # Measured: equal bits in the nets, 1e-6 in the latents, 2e-6 in the pictures. Asked for are 2e-5 and 1e-4
@@ -705,6 +707,46 @@ def test_arguments_are_the_references(name, end):
     assert leading == [*expected][: len(leading)]
     made, theirs = (inspect.signature(getattr(library, steered)).parameters for library in LIBRARIES)
     assert made.keys() == theirs.keys()
+
+
+# The command line
+
+
+def test_command_line(tiny_sd_folder, tmp_path, monkeypatch, capsys):
+    """A folder, a picture; two of each; beside a picture to begin with, and one to draw in."""
+    monkeypatch.chdir(tmp_path)
+    pipe = minidiff.DiffusionPipeline.from_pretrained(tiny_sd_folder)
+    for i in range(2):
+        net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+        randomize(net, i).save_pretrained(f"net{i}")
+        picture(16, 12, i).save(f"edges{i}.png")
+    mask(16, 12).save("mask.png")
+    nets = [ControlNetModel.from_pretrained(f"net{i}") for i in range(2)]
+    one = ["--control", "net0", "--control-image", "edges0.png"]
+    both_ = [*one, "--control", "net1", "--control-image", "edges1.png"]
+    begin, part, edges = ["--image", "edges1.png"], ["--mask", "mask.png"], picture(16, 12)
+    for flags, task, net, options in [
+        (one, "Text2Image", nets[0], {"image": edges}),
+        (both_, "Text2Image", nets, {"image": [edges, picture(16, 12, 1)]}),
+        ([*one, *begin], "Image2Image", nets[0], {"image": picture(16, 12, 1), "control_image": edges}),
+        (
+            [*one, *begin, *part],
+            "Inpainting",
+            nets[0],
+            {"image": picture(16, 12, 1), "mask_image": mask(16, 12), "control_image": edges},
+        ),
+    ]:
+        assert main(["red apple", "--model", str(tiny_sd_folder), "--steps", "4", "--device", "cpu", *flags]) == 0
+        steered = getattr(minidiff, f"AutoPipelineFor{task}").from_pipe(pipe, controlnet=net)
+        expected = steered("red apple", num_inference_steps=4, generator=[seeded()], **options).images[0]
+        with Image.open("minidiff.png") as drawn:
+            assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+            assert "edges0.png" in drawn.text["control_image"]
+    with pytest.raises(SystemExit):
+        main(["red apple", "--control", "net0"])
+    assert "argument --control-image: give one for each --control" in capsys.readouterr().err
+    assert main(["a", "--model", str(tiny_sd_folder), "--control", "nowhere/", "--control-image", "edges0.png"]) == 1
+    assert "nowhere/: there is no such folder" in capsys.readouterr().err
 
 
 # Bad input: one clear error, before anything is computed

@@ -42,9 +42,7 @@ class AutoPipeline:
         return found.from_pipe(pipeline, **given)
 
     @classmethod
-    def _of_family(
-        cls, name: Any, where: str, given: dict[str, Any]
-    ) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
+    def _of_family(cls, name: Any, where: str, given: dict[str, Any]) -> tuple[type[DiffusionPipeline], dict[str, Any]]:
         """The class; and what is `given` to it, without a `controlnet` that is None."""
         plain, steered = str(name).replace("ControlNet", ""), "ControlNet" in str(name)
         family = next((family for family in FAMILIES if plain in family), ())
