@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 from torch.nn import Module
 
@@ -51,8 +51,9 @@ def load_components(
                 continue
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
         if name in settings:
-            if type(spec) not in (settings[name], NoneType):
-                must = "true or false" if settings[name] is bool else f"a {settings[name].__name__}"
+            kinds = get_args(settings[name]) or (settings[name],)  # of `bool | None`, say
+            if type(spec) not in (*kinds, NoneType):
+                must = "true or false" if kinds[0] is bool else f"a {kinds[0].__name__}"
                 raise LoadError(f"{index_file}: {name}={spec!r} must be {must}")
             components[name] = spec
         elif spec == [None, None]:
