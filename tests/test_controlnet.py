@@ -1,6 +1,7 @@
 """ControlNet beside the reference: what the nets make, the pictures that they steer, folders both ways, training."""
 
 import copy
+import functools
 import inspect
 import json
 import threading
@@ -18,7 +19,7 @@ from test_models import noise, unet_inputs
 import minidiff
 from minidiff import ConfigError, ControlNetModel, LoadError, MultiControlNetModel, UNet2DConditionModel
 from minidiff.__main__ import main
-from weights_compat import TABLES
+from weights_compat import TABLES, verify
 
 # Measured: equal bits in the nets, 1e-6 in the latents, 2e-6 in the pictures. Asked for are 2e-5 and 1e-4
 BOUND, LATENTS, PICTURE = 2e-6, 1e-5, 1e-5
@@ -322,13 +323,14 @@ def places(tmp_path_factory):
     top = tmp_path_factory.mktemp("control")
     for name, repository in {"sd": "stable-diffusion-v1-5", "xl": XL, "9ch": "stable-diffusion-inpainting"}.items():
         make_folder(repository, top / name, seed=4)
-    make_nets("stable-diffusion-v1-5", top / "nets", 3)
+    make_nets("stable-diffusion-v1-5", top / "nets")
     make_nets("stable-diffusion-v1-5", top / "pooled", 1, global_pool_conditions=True)
     make_nets(XL, top / "xl-nets")
     make_nets(XL, top / "xl-pooled", 1, global_pool_conditions=True)
     return top
 
 
+@functools.cache
 def load(library, places, name, which="nets", count=1, folder="sd"):
     nets = [library.ControlNetModel.from_pretrained(places / which / str(i)) for i in range(count)]
     options = {"controlnet": nets if count > 1 else nets[0], "torch_dtype": torch.float32}
@@ -340,6 +342,7 @@ def load(library, places, name, which="nets", count=1, folder="sd"):
 
 
 def both(places, name, which="nets", count=1, folder="sd"):
+    """The same pipelines again and again: leave them as they are, but for the scheduler."""
     return [load(library, places, name, which, count, folder) for library in LIBRARIES]
 
 
@@ -407,7 +410,6 @@ OPTIONS = [
     {"negative_prompt": "blurred", "height": 72, "width": 40},
     {"height": 70, "width": 50},
     {"seeds": [1, 2], "num_images_per_prompt": 2, "eta": 0.5},
-    {"clip_skip": 1, "timesteps": [900, 500, 100]},
     TWO | {"num_images_per_prompt": 2, "negative_prompt": ["blurred", "a dog"]},
 ]
 
@@ -618,10 +620,26 @@ def test_nets_of_another_dtype_and_compiled_ones(text):
     assert difference(draw(half, image=picture())[1][-1], expected) < 0.1
 
 
+@pytest.mark.parametrize("switch", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloaded_nets_come_and_go_with_their_unet(text, switch, monkeypatch):
+    parts = {name: copy.deepcopy(part) for name, part in text[0].components.items()}
+    pipe = minidiff.StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected, moves, move = draw(pipe, image=picture())[0], [], torch.nn.Module.to
+    getattr(pipe, switch)(device="cpu")
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, *args: moves.append(type(self).__name__) or move(self, *args)
+    )
+    assert np.array_equal(draw(pipe, image=picture())[0], expected)
+    if switch == "enable_model_cpu_offload":
+        names = ["CLIPTextModel", "UNet2DConditionModel", "ControlNetModel", "AutoencoderKL"]  # in, and out again
+        assert [moves.count(name) for name in names] == [2, 2, 2, 1]
+
+
 # Folders, and what chooses and shares
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 2])
 def test_folders_both_ways(places, tmp_path, count):
     pipes = both(places, "ControlNet", count=count)
     control = picture() if count == 1 else [picture(seed=seed) for seed in range(count)]
@@ -668,26 +686,28 @@ def test_folders_of_several_nets(two, tmp_path):
 TASKS = {"Text2Image": "", "Image2Image": "Img2Img", "Inpainting": "Inpaint"}
 
 
-@pytest.mark.parametrize("folder", ["sd", "xl"])
-def test_auto_pipelines(places, tmp_path, folder):
-    system = "StableDiffusionXL" if folder == "xl" else "StableDiffusion"
+@pytest.mark.parametrize("system", ["StableDiffusion", "StableDiffusionXL"])
+def test_auto_pipelines(places, tmp_path, system):
+    folder, which = ("xl", "xl-nets") if system.endswith("XL") else ("sd", "nets")
+    steered = load(minidiff, places, f"{system.removeprefix('StableDiffusion')}ControlNet", which, folder=folder)
+    net = steered.controlnet
+    steered.save_pretrained(tmp_path)
     options = {} if folder == "xl" else {"safety_checker": None, "requires_safety_checker": False}
-    net = ControlNetModel.from_pretrained(places / ("xl-nets/0" if folder == "xl" else "nets/0"))
     for task, end in TASKS.items():
         auto = getattr(minidiff, f"AutoPipelineFor{task}")
-        plain = auto.from_pretrained(places / folder, **options)
-        steered = auto.from_pretrained(places / folder, controlnet=net, **options)
-        assert (type(plain).__name__, type(steered).__name__) == (
-            f"{system}{end}Pipeline",
-            f"{system}ControlNet{end}Pipeline",
-        )
-        assert type(auto.from_pipe(plain, controlnet=net)) is type(auto.from_pipe(steered)) is type(steered)
-        assert type(auto.from_pipe(steered, controlnet=None)) is type(plain)
-        assert auto.from_pipe(steered).controlnet is net
-        if task == "Image2Image":
-            steered.save_pretrained(tmp_path / "saved")
-            again = minidiff.AutoPipelineForInpainting.from_pretrained(tmp_path / "saved", **options)
-            assert type(again).__name__ == f"{system}ControlNetInpaintPipeline"
+        found = auto.from_pipe(steered)
+        assert (type(found).__name__, found.controlnet) == (f"{system}ControlNet{end}Pipeline", net)
+        plain = auto.from_pipe(steered, controlnet=None)
+        assert type(plain).__name__ == f"{system}{end}Pipeline"
+        assert type(auto.from_pipe(plain)) is type(plain)
+        assert type(auto.from_pipe(plain, controlnet=net)) is type(found)
+        # As folders name them: a steered one's, a plain one's
+        assert auto._of_family(type(steered).__name__, "here", {}) == (type(found), {})
+        assert auto._of_family(type(plain).__name__, "here", {"controlnet": net}) == (type(found), {"controlnet": net})
+    loaded = minidiff.AutoPipelineForInpainting.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == f"{system}ControlNetInpaintPipeline"
+    loaded = minidiff.AutoPipelineForImage2Image.from_pretrained(places / folder, controlnet=net, **options)
+    assert (type(loaded).__name__, loaded.controlnet) == (f"{system}ControlNetImg2ImgPipeline", net)
     with pytest.raises(LoadError, match="no AutoPipelineForInpainting"):
         minidiff.AutoPipelineForInpainting._of_family("LatentConsistencyModelPipeline", "here", {"controlnet": net})
 
@@ -709,7 +729,17 @@ def test_arguments_are_the_references(name, end):
     assert made.keys() == theirs.keys()
 
 
-# The command line
+# The command line, and verify
+
+
+def test_verify(capsys):
+    assert verify.main(["stable-diffusion-v1-5", "--random", "--controlnet", "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "controlnet: guess mode" in out
+    assert "StableDiffusionControlNetPipeline: decoded" in out
+    with pytest.raises(SystemExit):
+        verify.main(["folder", "--controlnet"])
+    assert "argument --controlnet: needs a net's folder, without --random" in capsys.readouterr().err
 
 
 def test_command_line(tiny_sd_folder, tmp_path, monkeypatch, capsys):
@@ -784,9 +814,9 @@ def test_bad_arguments(text, options, kind, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image": picture()}, "image must be a list with a picture for each of 2 nets"),
-        ({"image": [picture()]}, "image must be a list with a picture for each of 2 nets"),
-        ({"image": [[picture()], PAIR]}, "image must be a list with a picture for each of 2 nets"),
+        ({"image": picture()}, "image must be a list of 2 pictures, one for each net"),
+        ({"image": [picture()]}, "image must be a list of 2 pictures, one for each net"),
+        ({"image": [[picture()], PAIR]}, "image must be a list of 2 pictures, one for each net"),
         ({"image": [picture(), picture(48, 48)]}, r"image has shape \(1, 3, 48, 48\) as a tensor"),
         ({"controlnet_conditioning_scale": [1.0]}, "has 1 numbers for 2 ControlNets"),
         ({"control_guidance_start": [0.0, 0.5], "control_guidance_end": [1.0, 0.5]}, "start=0.5 must be less"),
@@ -798,7 +828,9 @@ def test_bad_arguments_for_several(two, options, message):
 
 
 def test_bad_pictures_beside(image):
-    with pytest.raises(ValueError, match=r"image are latents for a picture of \(64, 72\), control_image is \(64, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"image are latents of a picture of \(64, 72\), but control_image is of \(64, 64\)"
+    ):
         image[0](PROMPT, torch.randn(1, 4, 8, 9), picture())
     with pytest.raises(ValueError, match=r"latents has shape \(1, 4, 8, 9\); these arguments need \(1, 4, 8, 8\)"):
         image[0](PROMPT, picture(), picture(), latents=torch.randn(1, 4, 8, 9))
@@ -807,9 +839,9 @@ def test_bad_pictures_beside(image):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cross_attention_dim": 32}, "controlnet has cross_attention_dim=32, .*: unet has 24"),
-        ({"block_out_channels": [32, 64, 64, 64]}, "controlnet has block_out_channels"),
-        ({"layers_per_block": 1}, "controlnet has layers_per_block=1"),
+        ({"cross_attention_dim": 32}, "it has cross_attention_dim=32, unet has 24"),
+        ({"block_out_channels": [32, 64, 64, 64]}, "it has block_out_channels"),
+        ({"layers_per_block": 1}, "it has layers_per_block=1"),
         ({"in_channels": 9}, "controlnet has 9 input channels; it must read latents alone: 4"),
     ],
 )

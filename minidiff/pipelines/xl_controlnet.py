@@ -1,9 +1,9 @@
-"""ControlNet for Stable Diffusion XL: as in controlnet.py."""
+"""Stable Diffusion XL steered by a picture: ControlNet (arXiv 2302.05543). See control.py."""
 
 from typing import Any
 
 from ..image_processor import PipelineImageInput
-from .controlnet import ControlImage, Controlled, ControlledInpainting, Numbers, taking, with_controlnet
+from .control import ControlImage, Controlled, ControlledInpainting, Numbers, taking, with_controlnet
 from .latents import LatentsAs
 from .stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from .xl import StableDiffusionXLPipeline
