@@ -77,6 +77,7 @@ class ControlNetConfig(UNet2DConditionConfig):
     reverse_transformer_layers_per_block: ClassVar[None] = None
     time_embedding_dim: ClassVar[None] = None
     time_cond_proj_dim: ClassVar[None] = None
+    class_embeddings_concat: ClassVar[bool] = False
     dropout: ClassVar[float] = 0.0
 
     def __post_init__(self):
@@ -121,8 +122,8 @@ class ControlNetModel(ConditionUNet):
 
         Raises ValueError for a UNet with a part that no ControlNet has.
         """
-        for key in ("time_embedding_dim", "time_cond_proj_dim"):
-            if unet.config[key] is not None:
+        for key in ("time_embedding_dim", "time_cond_proj_dim", "class_embeddings_concat"):
+            if unet.config[key]:
                 raise ValueError(f"unet has {key}={unet.config[key]}, which a ControlNet hasn't")
         net = cls(
             **{key: value for key, value in unet.config.items() if key in cls.Config.known()},
