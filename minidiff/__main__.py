@@ -49,6 +49,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", metavar="FILE", help="a picture to begin with; a URL will do")
     parser.add_argument("--mask", metavar="FILE", help="of --image, draw anew what is white here")
     parser.add_argument("--strength", type=float, help="how far to leave --image, 0 to 1 (default: the pipeline's)")
+    net = "a ControlNet's folder, Hub id or file; may be given again, with a picture for each"
+    parser.add_argument("--control", metavar="MODEL", action="append", help=net)
+    parser.add_argument("--control-image", metavar="FILE", action="append", help="what it follows: edges, a depth, ...")
     parser.add_argument("--refiner", metavar="MODEL", help="for XL: takes away the last fifth of the noise")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (%(default)s)")
     parser.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's, or --image's)")
@@ -80,6 +83,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for flag in ("mask", "strength"):
         if vars(args)[flag] is not None and args.image is None:
             parser.error(f"argument --{flag}: needs --image")
+    if len(args.control or ()) != len(args.control_image or ()):
+        parser.error("argument --control-image: give one for each --control")
     if args.refiner and args.mask:
         parser.error("argument --refiner: would change what --mask keeps; leave one out")
     if args.safety and args.preview:

@@ -22,6 +22,7 @@ KEYWORDS = {  # flags, and what they are in a pipeline's call
     "negative": "negative_prompt",
     "image": "image",
     "mask": "mask_image",
+    "control_image": "control_image",
     "strength": "strength",
     "height": "height",
     "width": "width",
@@ -29,7 +30,7 @@ KEYWORDS = {  # flags, and what they are in a pipeline's call
     "preview": "callback_on_step_end",
 }
 RECORDED = ("prompt", "negative", "image", "mask", "strength", "height", "width")  # in the picture's file
-RECORDED += ("model", "refiner", "scheduler", "steps", "guidance", "seed", "n")
+RECORDED += ("control", "control_image", "model", "refiner", "scheduler", "steps", "guidance", "seed", "n")
 
 Pipeline = minidiff.DiffusionPipeline
 
@@ -48,6 +49,11 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
         pipe = minidiff.AutoPipelineForInpainting.from_pipe(pipe)
     elif args.image and "image" not in takes(pipe):
         pipe = minidiff.AutoPipelineForImage2Image.from_pipe(pipe)
+    if args.control:
+        nets = [load_net(place, dtype) for place in args.control]
+        chosen = "Inpainting" if args.mask else "Image2Image" if args.image else "Text2Image"
+        steered = getattr(minidiff, f"AutoPipelineFor{chosen}")
+        pipe = steered.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0])
     if args.refiner and "denoising_end" not in takes(pipe):
         raise ValueError(f"--refiner: ends what XL began, but {args.model} has a {type(pipe).__name__}")
     if args.refiner:
@@ -60,6 +66,12 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
             one.scheduler = getattr(minidiff, name).from_config(one.scheduler.config, **keys)
         one.to(device)
     return pipe, refiner
+
+
+def load_net(place: str, dtype: torch.dtype) -> minidiff.ControlNetModel:
+    """Of a folder, a Hub id, or a single file."""
+    net = minidiff.ControlNetModel
+    return (net.from_single_file if Path(place).is_file() else net.from_pretrained)(place, torch_dtype=dtype)
 
 
 def takes(pipe: Pipeline) -> Mapping[str, inspect.Parameter]:
@@ -77,6 +89,10 @@ def arguments_of(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
             setattr(args, flag, takes(pipe)[KEYWORDS[flag]].default)
     asked = {flag: vars(args)[flag] for flag in KEYWORDS} | {"n": args.n if args.n > 1 else None}
     asked |= {flag: load_image(asked[flag]) for flag in ("image", "mask") if asked[flag]}
+    if args.control:  # it is the one picture of text to image
+        pictures = [load_image(file) for file in args.control_image]
+        name = "control_image" if "control_image" in takes(pipe) else "image"
+        asked |= {"control_image": None, name: pictures if len(pictures) > 1 else pictures[0]}
     if args.preview:
         asked["preview"] = previewer(args, pipe)
     sized = args.bundled or args.height is not None or args.width is not None
@@ -96,7 +112,11 @@ def draw(args: argparse.Namespace, pipe: Pipeline, refiner: Pipeline | None, cal
     if refiner is None:
         return pipe(args.prompt, **call).images
     latents = pipe(args.prompt, **call, denoising_end=BASE_SHARE, output_type="latent").images
-    again = {name: value for name, value in call.items() if name not in ("image", "strength", "height", "width")}
+    again = {
+        name: value
+        for name, value in call.items()
+        if name not in ("image", "control_image", "strength", "height", "width")
+    }
     return refiner(args.prompt, image=latents, denoising_start=BASE_SHARE, **again).images
 
 

@@ -9,6 +9,7 @@ tell whether ours are right. (Files from 2022 hold older names for some; the tab
 `python -m weights_compat.manifests FOLDER REPOSITORY` writes one from a folder.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -63,6 +64,24 @@ def narrow(manifest: Manifest) -> Manifest:
     for component in manifest.tensors:
         files[f"{component}/config.json"] = narrow_config(manifest.config(component))
     return Manifest(manifest.repository, files, reference_tensors(files))
+
+
+def steered(manifest: Manifest) -> Manifest:
+    """The same with a ControlNet beside its UNet, and the pipeline that it steers."""
+    import diffusers
+
+    known = inspect.signature(diffusers.ControlNetModel).parameters
+    config = {key: value for key, value in manifest.config("unet").items() if key in known}
+    config |= {"_class_name": "ControlNetModel", "in_channels": manifest.config("vae")["latent_channels"]}
+    name = steered_name(manifest.index["_class_name"])
+    index = manifest.index | {"_class_name": name, "controlnet": ["diffusers", "ControlNetModel"]}
+    files = manifest.files | {"model_index.json": index, "controlnet/config.json": config}
+    tensors = manifest.tensors | {"controlnet": _tensors(*index["controlnet"], config)}
+    return Manifest(manifest.repository, files, tensors)
+
+
+def steered_name(pipeline: str) -> str:
+    return re.sub("(Img2Img|Inpaint)?Pipeline$", r"ControlNet\1Pipeline", pipeline)
 
 
 def narrow_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib
 import inspect
+import json
 import sys
 import tempfile
 import warnings
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .manifests import narrow, read_manifest
+from .manifests import narrow, read_manifest, steered, steered_name
 from .random_folder import make_random_folder
 
 # The largest |difference| that passes, relative to the reference's largest value. In half precision both sides round
@@ -58,6 +59,7 @@ ORDER = (
     "tokenizer",
     "text_encoder",
     "unet",
+    "controlnet",
     "scheduler",
     "vae",
     "feature_extractor",
@@ -72,7 +74,11 @@ PICTURES = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
 )
+RANDOM = Path()  # --controlnet without a folder
 # PRK steps turn float16 into float32, which the network then refuses; NumPy has no bfloat16 for the picture
 REFERENCE_FAILS = {torch.float16: ("PNDMPipeline",), torch.bfloat16: UNCONDITIONAL}
 
@@ -185,13 +191,30 @@ def denoise(unet: Any, inputs: Inputs) -> dict[str, Any]:
     t = torch.tensor([981, 1], device=inputs.device)
     if "cross_attention_dim" not in c:
         return {"": unet(sample, t).sample}
+    return {"": unet(sample, t, **read(c, inputs)).sample}
+
+
+def steer(net: Any, inputs: Inputs) -> dict[str, Any]:
+    """A ControlNet's residuals, in both of its modes."""
+    sample, t = inputs.randn(2, net.config.in_channels, 24, 16), torch.tensor([981, 1], device=inputs.device)
+    control = inputs.randn(2, net.config.conditioning_channels, 192, 128, seed=3)
+    result = {}
+    for guess_mode in (False, True):
+        options = {"guess_mode": guess_mode, "conditioning_scale": 0.8, "return_dict": False}
+        down, mid = net(sample, t, controlnet_cond=control, **read(net.config, inputs), **options)
+        result["guess mode" if guess_mode else "residuals"] = [*down, mid]
+    return result
+
+
+def read(c: Any, inputs: Inputs) -> dict[str, Any]:
+    """What a network of this config reads beside the latents."""
     added = None
     if c.addition_embed_type == "text_time":  # XL: pooled text; original size, crop, target size
         pooled = inputs.randn(2, c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim, seed=1)
         sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024], [768, 512, 64, 32, 1024, 896]], device=inputs.device)
         added = {"text_embeds": pooled, "time_ids": sizes}
     states = inputs.randn(2, 77, c.cross_attention_dim, seed=2)
-    return {"": unet(sample, t, states, added_cond_kwargs=added).sample}
+    return {"encoder_hidden_states": states, "added_cond_kwargs": added}
 
 
 def plan(scheduler: Any, inputs: Inputs) -> dict[str, Any]:
@@ -263,6 +286,8 @@ def draw(pipe: Any, inputs: Inputs) -> dict[str, Any]:
         )
         if "image" in parameters:
             options |= {"image": picture(side, side)}
+        if "control_image" in parameters:
+            options |= {"control_image": picture(side, side)}
         if "mask_image" in parameters:
             mask = np.zeros((side, side), np.uint8)
             mask[side // 4 : side // 2] = 255
@@ -291,7 +316,7 @@ def make_stages(index: dict[str, Any], inputs: Inputs) -> Iterator[Stage | str]:
         if not hasattr(minidiff, PICTURE_READERS.get(cls, cls).removesuffix("Pil"))
     }
     present = [name for kind in ORDER for name in parts if name.removesuffix("_2") == kind and name not in missing]
-    runs = {"unet": denoise, "vae": encode_and_decode}
+    runs = {"unet": denoise, "vae": encode_and_decode, "controlnet": steer}
     for name in present:
         load = functools.partial(Side.component, name=name)
         if name.startswith("tokenizer"):
@@ -306,7 +331,8 @@ def make_stages(index: dict[str, Any], inputs: Inputs) -> Iterator[Stage | str]:
             yield Stage(name, "ids", load, functools.partial(plan, inputs=inputs))
             yield Stage(name, "scheduler", load, functools.partial(step_through, inputs=inputs))
         else:
-            yield Stage(name, name, load, functools.partial(runs[name], inputs=inputs))
+            kind = "unet" if name == "controlnet" else name
+            yield Stage(name, kind, load, functools.partial(runs[name], inputs=inputs))
 
     for name in parts.keys() - missing.keys() - set(present):
         yield f"{name:<44}left out: there is no stage for a {parts[name]}"
@@ -389,6 +415,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     size.add_argument("--small", action="store_true", help="with --random: the same structure, narrow (default)")
     size.add_argument("--full", action="store_true", help="with --random: at real size (SD 1.5 takes 5.5 GB of disk)")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="with --random: make the folder here, and leave it")
+    net = "with a ControlNet beside the UNet: a net's folder, or none with --random: random weights too"
+    parser.add_argument("--controlnet", metavar="DIR", type=Path, nargs="?", const=RANDOM, help=net)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="of weights and inputs (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of denoising (%(default)s)")
@@ -396,6 +424,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.random and (args.small or args.full or args.keep):
         parser.error("--small, --full and --keep go with --random")
+    if args.controlnet is RANDOM and not args.random:
+        parser.error("argument --controlnet: needs a net's folder, without --random")
     if args.keep and args.keep.exists():
         parser.error(f"argument --keep: {args.keep} exists")
     if args.steps < 1:
@@ -420,6 +450,18 @@ def find_folder(name: str) -> Path:
     return fetch(name, lambda names: wanted_by_pipeline(names, Files(), {}), "model_index.json")
 
 
+def beside(folder: Path, net: Path, place: Path) -> Path:
+    """Makes `place` a folder of both: links to what is in `folder`, with `net` as its ControlNet."""
+    for file in folder.resolve().iterdir():
+        (place / file.name).symlink_to(file)
+    (place / "controlnet").symlink_to(net)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index |= {"_class_name": steered_name(index["_class_name"]), "controlnet": ["diffusers", "ControlNetModel"]}
+    (place / "model_index.json").unlink()
+    (place / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return place
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     import minidiff
@@ -439,9 +481,13 @@ def main(arguments: list[str] | None = None) -> int:
                 folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minidiff-")))
                 size = "full size" if args.full else "small"
                 made = f"{args.manifest.repository}, {size}, random weights, seed {args.seed}"
-                make_random_folder(args.manifest if args.full else narrow(args.manifest), folder, args.seed)
+                manifest = args.manifest if args.full else narrow(args.manifest)
+                make_random_folder(steered(manifest) if args.controlnet is RANDOM else manifest, folder, args.seed)
             else:
                 folder, made = find_folder(args.name), args.name
+            if args.controlnet not in (None, RANDOM):
+                place = stack.enter_context(tempfile.TemporaryDirectory(prefix="minidiff-"))
+                folder, made = beside(folder, args.controlnet.resolve(), Path(place)), f"{made}, with {args.controlnet}"
             index = read_json(folder / "model_index.json")
         except OSError as error:
             args.error(str(error))
