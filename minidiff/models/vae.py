@@ -16,6 +16,7 @@ from weights_compat.vae import AUTOENCODER_KL
 
 from ..loading.config import MAX_LEVELS, Config, Depth, Width
 from ..loading.model import Model
+from ..loading.single_file import OneFile
 from ..noise import Generators, randn_tensor
 from ..outputs import output
 from .tiling import in_tiles
@@ -195,7 +196,7 @@ class Autoencoder(Model, abstract=True):
             raise ValueError(f"{name} has shape {tuple(x.shape)}; {takes}")
 
 
-class AutoencoderKL(Autoencoder):
+class AutoencoderKL(Autoencoder, OneFile):
     """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
 
     The latents come as the encoder makes them; pipelines apply `config.scaling_factor`.
@@ -205,7 +206,7 @@ class AutoencoderKL(Autoencoder):
     """
 
     Config = AutoencoderConfig
-    table = AUTOENCODER_KL
+    table, part = AUTOENCODER_KL, "vae"
     use_slicing = use_tiling = False
     tile_overlap_factor = 0.25
 
