@@ -37,7 +37,9 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {  # the usual short names: a class, a
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minidiff", description="Draw what a prompt says.")
     parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
-    parser.add_argument("--model", help=f"a folder or a Hub id (default: {BUNDLED}, which comes with the package)")
+    parser.add_argument(
+        "--model", help=f"a folder, a Hub id, or a .safetensors (default: {BUNDLED}, which comes with the package)"
+    )
     parser.add_argument("--list", action="store_true", help=f"print what {BUNDLED} knows to draw, and stop")
     parser.add_argument("--steps", type=int, help="of denoising (20 if bundled, else 50)")
     parser.add_argument("--guidance", type=float, help="how far to follow the prompt (3 if bundled, else 7.5)")
@@ -111,7 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     try:
         model = minidiff.bundled(BUNDLED) if args.bundled else args.model
-        pipe = minidiff.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant=args.variant)
+        if Path(model).is_file() or "://" in str(model):
+            pipe = minidiff.DiffusionPipeline.from_single_file(model, torch_dtype=dtype)
+        else:
+            pipe = minidiff.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant=args.variant)
         takes = inspect.signature(type(pipe).__call__).parameters
         if "prompt" not in takes or "image" in takes:
             what = "a picture" if "prompt" in takes else "no prompt"

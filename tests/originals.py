@@ -1,7 +1,9 @@
 """Files as Stable Diffusion's authors publish them, out of folders: by a table of the tests' own, which goes the other
 way than minidiff's, from the Hub's names, and computes the place of a layer where that one counts."""
 
+import json
 import re
+import struct
 from pathlib import Path
 
 import torch
@@ -104,11 +106,8 @@ def renamed(name: str, table: dict[str, str]) -> str:
     return name
 
 
-def original(folder: Path, extras: bool = True) -> dict[str, Tensor]:
-    """All tensors of a folder's pipeline as its authors would publish them, with what training leaves beside them."""
-    parts = {
-        file.parent.name: load_file(file) for file in folder.glob("*/*.safetensors") if "safety" not in file.parent.name
-    }
+def original(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors of a pipeline's networks as its authors would publish them, with what training leaves beside them."""
     found = {f"model.diffusion_model.{name}": tensor for name, tensor in unet(parts["unet"]).items()}
     found |= {f"first_stage_model.{name}": tensor for name, tensor in vae(parts["vae"]).items()}
     xl = "text_encoder_2" in parts
@@ -121,15 +120,32 @@ def original(folder: Path, extras: bool = True) -> dict[str, Tensor]:
         number = 1 if "text_encoder" in parts else 0
         inside = open_clip(parts["text_encoder_2"], projects=True)
         found |= {f"conditioner.embedders.{number}.model.{name}": tensor for name, tensor in inside.items()}
-    if extras:
-        found |= {"betas": torch.ones(9), "alphas_cumprod": torch.ones(9), "posterior_mean_coef1": torch.ones(9)}
-    return found
+    constants = ("betas", "alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "logvar")
+    return found | {name: torch.ones(9) for name in constants}
+
+
+def networks(folder: Path) -> dict[str, dict[str, Tensor]]:
+    files = (file for file in folder.glob("*/*.safetensors") if file.parent.name != "safety_checker")
+    return {file.parent.name: load_file(file) for file in files}
 
 
 def write(folder: Path, file: Path, dtype: torch.dtype = torch.float32) -> Path:
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original(folder).items()}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original(networks(folder)).items()}
     if file.suffix == ".safetensors":
         save_file(tensors, file)
     else:
         torch.save({"state_dict": tensors, "global_step": 1, "epoch": 2}, file)
+    return file
+
+
+def write_sparse(file: Path, tensors: dict[str, Tensor]) -> Path:
+    """A safetensors file of zeros that takes no room on the disk. Only names and shapes of `tensors` are read."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.truncate(8 + len(text) + end)
     return file

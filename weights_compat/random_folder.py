@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .clip_vocabulary import write_clip_tokenizer
 from .manifests import Manifest
-from .standard import write_files
 
 STEMS = {"transformers": "model", "stable_diffusion": "model", "diffusers": "diffusion_pytorch_model"}
 
@@ -28,7 +28,12 @@ def make_random_folder(manifest: Manifest, folder: Path, seed: int = 0) -> None:
     if (free := shutil.disk_usage(folder).free) < needed * 1.01:
         raise OSError(f"{folder}: {free / 1e9:.1f} GB are free, but the weights need {needed / 1e9:.1f} GB")
     generator = torch.Generator().manual_seed(seed)
-    write_files(manifest.files, folder)
+    for name in manifest.index:
+        if name.startswith("tokenizer"):
+            write_clip_tokenizer(folder / name)  # the vocabulary; the manifest has this folder's own settings
+    for path, values in manifest.files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for component, shapes in manifest.tensors.items():
         stem = STEMS[manifest.index[component][0]]
         write_safetensors(folder / component / f"{stem}.safetensors", shapes, lambda *args: random(*args, generator))

@@ -1,6 +1,7 @@
 """One file with a whole system in it, as Stable Diffusion's authors publish them: their names of tensors, and ours.
 
     model.diffusion_model.input_blocks.4.0.in_layers.2.weight                   the UNet
+    control_model.input_hint_block.0.weight                                    a ControlNet
     first_stage_model.decoder.up.3.block.0.conv1.weight                         the VAE
     cond_stage_model.transformer.text_model.encoder.layers.0...                 OpenAI's CLIP, in SD 1
     cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight          OpenCLIP, in SD 2
@@ -50,7 +51,9 @@ def layer(there: str, here: str, number: int) -> list[tuple]:
 
 def way_down(config: Mapping[str, Any]) -> list[tuple]:
     """From the timestep and the sample to the middle, which is also what a ControlNet has of a UNet."""
-    rows = [*mlp("time_embed", "time_mlp"), ("input_blocks.0.0", "conv_in")]
+    vectors = "added_mlp" if config["addition_embed_type"] else "class_embedding"  # of XL's sizes; of whatever else
+    rows = [*mlp("time_embed", "time_mlp"), *mlp("label_emb.0", vectors), ("label_emb", "class_embedding")]
+    rows += [("input_blocks.0.0", "conv_in")]
     n = 0
     for level, count in enumerate(layers(config)):
         for number in range(count):
@@ -79,9 +82,15 @@ def layers(config: Mapping[str, Any]) -> Sequence[int]:
 
 
 def unet(config: Mapping[str, Any]) -> Table:
-    vectors = "added_mlp" if config["addition_embed_type"] else "class_embedding"  # of XL's sizes; of whatever else
-    labels = [*mlp("label_emb.0", vectors), ("label_emb", "class_embedding")]
-    return Table(way_down(config) + way_up(config) + labels)
+    return Table(way_down(config) + way_up(config))
+
+
+def controlnet(config: Mapping[str, Any]) -> Table:
+    rows = [("zero_convs.{}.0", "out_down.{}"), ("middle_block_out.0", "out_mid")]
+    count = 2 * len(config["conditioning_embedding_out_channels"])  # of convolutions, each with an activation behind it
+    places = ["conv_in", *(f"blocks.{number}" for number in range(count - 2)), "conv_out"]
+    rows += [(f"input_hint_block.{2 * number}", f"control.{place}") for number, place in enumerate(places)]
+    return Table(way_down(config) + rows)
 
 
 VAE_RESNET = [*same("norm1", "conv1", "norm2", "conv2"), ("nin_shortcut", "skip")]
@@ -160,6 +169,8 @@ def original(name: str, config: Mapping[str, Any], parts: Sequence[str]) -> Orig
     """
     if name == "unet":
         return Original(("model.diffusion_model.",), unet(config), alone="model.diffusion_model.")
+    if name == "controlnet":
+        return Original(("control_model.",), controlnet(config), alone="control_model.")
     if name == "vae":
         return Original(("first_stage_model.", "vae."), vae(config))
     if name in ENCODERS:

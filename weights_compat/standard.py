@@ -6,7 +6,7 @@ keys: "like" names it, "files" are whole files of its own, "keys" those in the o
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,14 @@ DOUBTS = {
 STRANGERS = {
     r"\.lora_|^lora_|\.hada_w1|\.lokr_w1|_lora\.(up|down)": "a LoRA, which goes on top of a model",
     r"^(string_to_param|emb_params|clip_[lg])$|^<.*>$": "a textual inversion, a word for a model's prompts",
-    r"^control_model\.|(^|\.)controlnet_|input_hint_block|zero_convs": "a ControlNet",
+    r"^control_model\.|(^|\.)controlnet_|input_hint_block|zero_convs": "a ControlNet: ControlNetModel.from_single_file",
     r"motion_modules\.|time_stack\.|temporal_transformer|\.time_mix": "a video model",
     r"joint_blocks\.|^text_encoders\.clip_[lg]\.": "Stable Diffusion 3",
     r"double_blocks\.|single_blocks\.|single_transformer_blocks\.": "Flux",
     r"^edm_(mean|std)$": "Playground 2.5, whose latents are normed in another way",
     r"clip_txt_mapper|\.channelwise\.": "Stable Cascade",
     r"^depth_model\.": "Stable Diffusion 2's depth model, which holds MiDaS: load its folder",
-    r"adaLN|patch_embed|x_embedder|scale_shift_table|\.head\.modulation": "a diffusion transformer",
+    r"adaLN|patch_embed|x_embedder|scale_shift_table|(^|\.)head\.modulation": "a diffusion transformer",
     r"^(down_blocks|mid_block|(en|de)coder\.mid_block|text_model|layers)\.": "one part of a folder: from_pretrained",
 }
 
@@ -83,8 +83,9 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVERS.fullmatch(name) is not None
 
 
-def stranger(names: Collection[str]) -> str | None:
+def stranger(names: Iterable[str]) -> str | None:
     """What a file with tensors of these names looks like, if that is something known and no Stable Diffusion."""
+    names = list(names)
     return next((what for piece, what in STRANGERS.items() if any(map(re.compile(piece).search, names))), None)
 
 

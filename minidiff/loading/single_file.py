@@ -50,9 +50,9 @@ class SingleFile(NamedTuple):
         file = fetch_file(link, **hub)
         return cls(file, dict(read_tensors(file)))
 
-    def error(self, problem: str) -> LoadError:
-        """One that says what the file looks like, if that is known, and else the `problem`."""
-        what = stranger(self.tensors)
+    def error(self, problem: str, names: Collection[str] | None = None) -> LoadError:
+        """One that says what a file with such names looks like, if that is known, and else the `problem`."""
+        what = stranger(names or self.tensors)
         return LoadError(f"{self.file}: {f'looks like {what}' if what else problem}")
 
     @contextmanager
@@ -93,7 +93,9 @@ class SingleFile(NamedTuple):
     ) -> dict[str, Any]:
         """What `load_components` gives, with the weights of this file where it has them."""
         index = read_json(index_file)
-        kinds = (REGISTRY.get(spec[1]) for spec in index.values() if isinstance(spec, list) and len(spec) == 2)
+        kinds = (
+            REGISTRY.get(spec[-1]) for spec in index.values() if isinstance(spec, list) and isinstance(spec[-1], str)
+        )
         parts = [kind.part for kind in kinds if kind and issubclass(kind, Model)]
         claimed: list[str] = []
 
@@ -123,10 +125,12 @@ class SingleFile(NamedTuple):
         """What the names of a network begin with here; None if it isn't in the file."""
         return next((p for p in layout.prefixes if any(name.startswith(p) for name in self.tensors)), None)
 
+    def found(self, prefix: str) -> dict[str, Tensor]:
+        return {key: value for key, value in self.tensors.items() if key.startswith(prefix) and not is_leftover(key)}
+
     def fill(self, model: Model, table: Table, prefix: str, dtype: torch.dtype | None, extract_ema: bool) -> Model:
         """`model` with the file's weights. Raises LoadError unless they are just those that it has."""
-        found = {key: value for key, value in self.tensors.items() if key.startswith(prefix) and not is_leftover(key)}
-        shapes = model.shapes()
+        found, shapes = self.found(prefix), model.shapes()
         if extract_ema:
             names = [f"{prefix}{table.hub(name)}" for name in shapes]
             means = {name: EMA + "".join(name.split(".")[1:]) for name in names}
@@ -175,8 +179,9 @@ class OneFile:
         layout = original(cls.part, model.config, [cls.part])
         prefix = source.prefix(layout) or ""
         table = layout.table if prefix else max(layout.table, cls.table, key=lambda table: table.knows(source.tensors))
-        if not table.knows(name.removeprefix(prefix) for name in source.tensors):
-            raise source.error(f"holds no {cls.__name__}")
+        names = [name.removeprefix(prefix) for name in source.found(prefix)]
+        if strange := [name for name in names if not table.places(name) and not table.is_ignored(name)]:
+            raise source.error(f"holds more than a {cls.__name__}, or another one: {few(strange)}", strange)
         model = source.fill(model, table, prefix, files.dtype, extract_ema)
         return model.to(device) if device else model
 

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weights_compat.standard import stranger
+
 from .config import LoadError, check_readable
 
 
@@ -40,7 +42,8 @@ def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise LoadError(f"{file}: must hold a dictionary of tensors, not {type(tensors).__name__}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor")
+            looks = f"; looks like {what}" if (what := stranger(map(str, tensors))) else ""
+            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor{looks}")
         yield name, tensor
 
 
