@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -22,12 +23,11 @@ import minidiff
 from minidiff import LoadError
 from minidiff.__main__ import main
 from minidiff.loading.component import REGISTRY
-from minidiff.loading.config import read_json
 from minidiff.loading.weights import fit
 from weights_compat.manifests import Manifest, narrow
 from weights_compat.random_folder import make_random_folder
 from weights_compat.single_file import original
-from weights_compat.standard import UNETS, standard_files, standard_model, write_files
+from weights_compat.standard import UNETS, standard_files, standard_model
 
 FAMILIES = sorted(UNETS.values())
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -56,8 +56,8 @@ class Family:
 
     def __init__(self, name, place):
         self.name, self.folder, self.file = name, place / "folder", place / "file.safetensors"
-        manifest = narrow(Manifest(name, standard_files(name), {}))
-        manifest.tensors.pop("safety_checker", None)
+        files = {path: values for path, values in standard_files(name).items() if "safety_checker/" not in path}
+        manifest = narrow(Manifest(name, files, {part: {} for part in NETWORKS if f"{part}/config.json" in files}))
         make_random_folder(manifest, self.folder)
         originals.write(self.folder, self.file)
         self.class_name = manifest.index["_class_name"]
@@ -124,12 +124,13 @@ def test_tensors_pictures_and_the_way_back_are_the_references(family, tmp_path):
     assert os.listdir(tmp_path) == ["back.safetensors"]
 
 
-def full_size(name, tmp_path):
+@cache
+def full_size(name):
     """The networks of a standard model on the meta device: ours, and all tensors under the Hub's names."""
-    write_files(standard_files(name), tmp_path)
-    index = read_json(tmp_path / "model_index.json")
-    kinds = {part: REGISTRY[index[part][1]] for part in NETWORKS if index.get(part, [None])[0]}
-    models = {part: kind.without_weights(tmp_path / part, {}) for part, kind in kinds.items()}
+    files = standard_files(name)
+    kinds = {part: REGISTRY[files["model_index.json"][part][1]] for part in NETWORKS if f"{part}/config.json" in files}
+    with torch.device("meta"):
+        models = {part: kind(kind.Config.read(files[f"{part}/config.json"])) for part, kind in kinds.items()}
     tensors = {
         part: {model.table.hub(key): value for key, value in model.state_dict().items()}
         for part, model in models.items()
@@ -138,9 +139,9 @@ def full_size(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_names_are_one_to_one_at_full_size(name, tmp_path):
+def test_names_are_one_to_one_at_full_size(name):
     """Against the tests' own table; and every name leads back to where it came from."""
-    models, tensors = full_size(name, tmp_path)
+    models, tensors = full_size(name)
     published, written = originals.original(tensors), {}
     for model in models.values():
         layout = original(model.part, model.config, [other.part for other in models.values()])
@@ -171,7 +172,7 @@ print(type(pipe).__name__, sum(p.numel() for m in pipe._models() for p in m.para
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"])
 def test_a_full_size_file_is_known_by_its_shapes_and_stays_mapped(name, tmp_path):
-    models, tensors = full_size(name, tmp_path)
+    models, tensors = full_size(name)
     file = originals.write_sparse(tmp_path / "x.safetensors", originals.original(tensors))
     run = [sys.executable, "-c", MEASURE, str(file), *models]
     out = subprocess.run(run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
@@ -182,8 +183,8 @@ def test_a_full_size_file_is_known_by_its_shapes_and_stays_mapped(name, tmp_path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_shapes_tell_the_standard_model(name, tmp_path):
-    _, tensors = full_size(name, tmp_path)
+def test_shapes_tell_the_standard_model(name):
+    _, tensors = full_size(name)
     shapes = {key: tensor.shape for key, tensor in originals.original(tensors).items()}
     assert standard_model(shapes) == (name, "unet")
     for part in ("unet", "vae"):  # alone in a file, with either's names
@@ -198,7 +199,7 @@ def test_a_file_alone_has_all_that_a_pipeline_needs(tmp_path, monkeypatch):
     """No folder, no Hub, no cache: configs, scheduler and tokenizers come with the package."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
-    _, tensors = full_size("stable-diffusion-2-1", tmp_path)
+    _, tensors = full_size("stable-diffusion-2-1")
     file = originals.write_sparse(tmp_path / "x.safetensors", originals.original(tensors))
     with pytest.warns(UserWarning, match='predicts v or noise.*config="stabilityai/stable-diffusion-2-1-base"'):
         pipe = minidiff.DiffusionPipeline.from_single_file(file)
@@ -255,7 +256,7 @@ def test_networks_alone(sd, part, tmp_path):
 
 def test_the_vae_file_that_training_left(sd, tmp_path):
     """With the discriminator, and EMA's counters; of full size, so that its config is known."""
-    _, tensors = full_size("stable-diffusion-v1-5", tmp_path)
+    _, tensors = full_size("stable-diffusion-v1-5")
     vae = originals.vae(tensors["vae"]) | {
         "loss.discriminator.main.0.weight": torch.ones(3),
         "model_ema.x": torch.ones(1),

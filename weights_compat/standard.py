@@ -101,7 +101,9 @@ def standard_files(name: str) -> dict[str, dict[str, Any]]:
     if (other := _read("standard_models.json").get(name)) is None:
         return _read(f"manifests/{name}.json")["files"]
     files = standard_files(other["like"]) | other.get("files", {})
-    return files | {path: files[path] | keys for path, keys in other["keys"].items()}
+    files |= {path: files[path] | keys for path, keys in other["keys"].items()}
+    absent = [part for part, kind in files["model_index.json"].items() if kind == [None, None]]
+    return {path: values for path, values in files.items() if path.partition("/")[0] not in absent}
 
 
 def write_files(files: Mapping[str, dict[str, Any]], folder: Path) -> None:
