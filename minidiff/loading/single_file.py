@@ -25,6 +25,7 @@ from weights_compat.standard import (
     write_files,
 )
 
+from ..checks import check_tensors
 from .arguments import DOWNLOADS, SINGLE_FILE, check_keywords, one_device
 from .component import REGISTRY, Component
 from .config import LoadError, read_json
@@ -50,9 +51,9 @@ class SingleFile(NamedTuple):
         file = fetch_file(link, **hub)
         return cls(file, dict(read_tensors(file)))
 
-    def error(self, problem: str, names: Collection[str] | None = None) -> LoadError:
-        """One that says what a file with such names looks like, if that is known, and else the `problem`."""
-        what = stranger(names or self.tensors)
+    def error(self, problem: str) -> LoadError:
+        """One that says what the file looks like, if that is known, and else the `problem`."""
+        what = stranger(self.tensors)
         return LoadError(f"{self.file}: {f'looks like {what}' if what else problem}")
 
     @contextmanager
@@ -93,10 +94,9 @@ class SingleFile(NamedTuple):
     ) -> dict[str, Any]:
         """What `load_components` gives, with the weights of this file where it has them."""
         index = read_json(index_file)
-        kinds = (
-            REGISTRY.get(spec[-1]) for spec in index.values() if isinstance(spec, list) and isinstance(spec[-1], str)
-        )
-        parts = [kind.part for kind in kinds if kind and issubclass(kind, Model)]
+        names = (spec[-1] for spec in index.values() if isinstance(spec, list) and isinstance(spec[-1], str))
+        kinds = (REGISTRY.get(name) for name in names)
+        parts = [kind.part for kind in kinds if kind and issubclass(kind, Model) and kind.part]
         claimed: list[str] = []
 
         def read(cls: type[Component], folder: Path, files: Files) -> Component:
@@ -108,13 +108,13 @@ class SingleFile(NamedTuple):
             if prefix:
                 claimed.append(prefix)
                 return self.fill(model, layout.table, prefix, files.dtype, extract_ema and cls.part == "unet")
-            if find_weights(folder, files):
+            if find_weights(folder, files) and cls.part != "unet":  # a file without one is none
                 return cls.read_from(folder, files)
             raise self.error(f"holds no {folder.name}: give it, from_single_file(..., {folder.name}=...)")
 
         found = load_components(index_file, given, files, expected, settings, read)
         spare = [name for name in self.tensors if not name.startswith(tuple(claimed)) and not is_leftover(name)]
-        if spare and len(claimed) == len([part for part in parts if part]):
+        if spare and len(claimed) == len(parts):
             warnings.warn(f"{self.file}: these tensors are nobody's, and left out: {few(spare)}", stacklevel=3)
         if not extract_ema and any(name.startswith(EMA + "diffusion") for name in self.tensors):
             more = "extract_ema=True takes them, which most draw with"
@@ -125,12 +125,12 @@ class SingleFile(NamedTuple):
         """What the names of a network begin with here; None if it isn't in the file."""
         return next((p for p in layout.prefixes if any(name.startswith(p) for name in self.tensors)), None)
 
-    def found(self, prefix: str) -> dict[str, Tensor]:
-        return {key: value for key, value in self.tensors.items() if key.startswith(prefix) and not is_leftover(key)}
-
     def fill(self, model: Model, table: Table, prefix: str, dtype: torch.dtype | None, extract_ema: bool) -> Model:
         """`model` with the file's weights. Raises LoadError unless they are just those that it has."""
-        found, shapes = self.found(prefix), model.shapes()
+        found = {key: value for key, value in self.tensors.items() if key.startswith(prefix) and not is_leftover(key)}
+        if what := stranger(name for name in found if not table.places(name.removeprefix(prefix))):
+            raise LoadError(f"{self.file}: looks like {what}")
+        shapes = model.shapes()
         if extract_ema:
             names = [f"{prefix}{table.hub(name)}" for name in shapes]
             means = {name: EMA + "".join(name.split(".")[1:]) for name in names}
@@ -172,6 +172,8 @@ class OneFile:
         hub = check_keywords(keywords, SINGLE_FILE, cls.__name__, (*known, *own))
         overrides = {key: hub.pop(key) for key in own if key in hub}
         link = pretrained_model_link_or_path_or_dict
+        if isinstance(link, Mapping):
+            check_tensors(**link)
         source = SingleFile("the dictionary", link) if isinstance(link, Mapping) else SingleFile.read(link, hub)
         with source.configs(config, hub, {*overrides, "scheduler"}) as folder:
             inside = cls.part if subfolder is None and not (folder / "config.json").exists() else subfolder or ""
@@ -179,9 +181,6 @@ class OneFile:
         layout = original(cls.part, model.config, [cls.part])
         prefix = source.prefix(layout) or ""
         table = layout.table if prefix else max(layout.table, cls.table, key=lambda table: table.knows(source.tensors))
-        names = [name.removeprefix(prefix) for name in source.found(prefix)]
-        if strange := [name for name in names if not table.places(name) and not table.is_ignored(name)]:
-            raise source.error(f"holds more than a {cls.__name__}, or another one: {few(strange)}", strange)
         model = source.fill(model, table, prefix, files.dtype, extract_ema)
         return model.to(device) if device else model
 

@@ -63,7 +63,7 @@ class SingleFiles:
             named = {name for name, spec in index.items() if spec != [None, None] and not name.startswith("_")}
             needed = {name for name, not_none in cls.required().items() if not_none}
             if named - parameters.keys() or needed - named - given.keys():
-                raise LoadError(f"{source.file}: is a {index['_class_name']}'s, and no {cls.__name__}'s")
+                raise LoadError(f"{source.file}: goes with {index.get('_class_name')}, not with {cls.__name__}")
             given = {name: None for name in parameters if name == LEFT_OUT} | given
             options = (tuple(parameters), cls.settings(), extract_ema)
             found = source.components(index_file, given, files, *options)
