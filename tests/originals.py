@@ -67,6 +67,21 @@ def unet(tensors: dict[str, Tensor], layers: int = 2) -> dict[str, Tensor]:
     return found
 
 
+def controlnet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the usual one, whose picture goes through eight convolutions."""
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.replace("controlnet_cond_embedding.conv_in", "input_hint_block.0")
+        name = name.replace("controlnet_cond_embedding.conv_out", "input_hint_block.14")
+        name = re.sub(
+            r"controlnet_cond_embedding\.blocks\.(\d)", lambda match: f"input_hint_block.{2 + 2 * int(match[1])}", name
+        )
+        name = re.sub(r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0", name)
+        found[name.replace("controlnet_mid_block", "middle_block_out.0")] = tensor
+    own = {name: tensor for name, tensor in found.items() if re.match("input_hint|zero_conv|middle_block_out", name)}
+    return own | unet({name: tensor for name, tensor in found.items() if name not in own})
+
+
 def vae(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     levels = len({name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks")})
     found = {}

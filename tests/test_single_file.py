@@ -24,12 +24,14 @@ from minidiff import LoadError
 from minidiff.__main__ import main
 from minidiff.loading.component import REGISTRY
 from minidiff.loading.weights import fit
-from weights_compat.manifests import Manifest, narrow
+from weights_compat import TABLES
+from weights_compat.manifests import narrow, read_manifest
 from weights_compat.random_folder import make_random_folder
 from weights_compat.single_file import original
 from weights_compat.standard import UNETS, standard_files, standard_model
 
 FAMILIES = sorted(UNETS.values())
+CONTROL = {"addition_embed_type": None}  # a default
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PROMPT = "a red apple"
 
@@ -46,8 +48,10 @@ def arguments(pipe):
         made |= {"image": picture(side), "mask_image": picture(side, 1).convert("L"), "height": side, "width": side}
     elif "Upscale" in type(pipe).__name__:
         made |= {"image": picture(16)}
-    elif re.search("Img2Img|Pix2Pix", type(pipe).__name__):
+    elif "Pix2Pix" in type(pipe).__name__:
         made |= {"image": picture(side)}
+    elif "Img2Img" in type(pipe).__name__:
+        made |= {"image": picture(side), "strength": 0.9}
     return made | {"generator": torch.Generator().manual_seed(3)}
 
 
@@ -56,8 +60,10 @@ class Family:
 
     def __init__(self, name, place):
         self.name, self.folder, self.file = name, place / "folder", place / "file.safetensors"
-        files = {path: values for path, values in standard_files(name).items() if "safety_checker/" not in path}
-        manifest = narrow(Manifest(name, files, {part: {} for part in NETWORKS if f"{part}/config.json" in files}))
+        manifest = read_manifest(name)
+        manifest.files.pop("safety_checker/config.json", None)
+        manifest.tensors.pop("safety_checker", None)
+        manifest = narrow(manifest)
         make_random_folder(manifest, self.folder)
         originals.write(self.folder, self.file)
         self.class_name = manifest.index["_class_name"]
@@ -154,6 +160,27 @@ def test_names_are_one_to_one_at_full_size(name):
     for name in published.keys() - written.keys():  # SD 2's last layer, and constants
         assert re.search(r"resblocks\.23\.|text_projection|logit_scale|^[a-z0-9_]+$", name)
     assert sum(len(shapes) for shapes in written.values()) == sum(len(m.state_dict()) for m in models.values())
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-2-1", "stable-diffusion-xl-base-1.0"])
+def test_a_controlnets_names_are_one_to_one(name):
+    """The reference's network, of the config that comes with the package."""
+    config = standard_files(name)["controlnet/config.json"]
+    with torch.device("meta"):
+        tensors = diffusers.ControlNetModel.from_config(config).state_dict()
+    layout = original("controlnet", {"conditioning_embedding_out_channels": (16, 32, 96, 256), **CONTROL, **config}, [])
+    own = {
+        "controlnet_cond_embedding": "control",
+        "controlnet_down_blocks": "out_down",
+        "controlnet_mid_block": "out_mid",
+    }
+    pattern = f"^({'|'.join(own)})"
+    ours = {
+        key: TABLES["UNet2DConditionModel"].ours(key) or re.sub(pattern, lambda m: own[m[1]], key) for key in tensors
+    }
+    written = [layout.table.origin(key)[0] for key in ours.values()]
+    assert dict(zip(written, tensors, strict=True)).keys() == originals.controlnet(tensors).keys()
+    assert [layout.table.ours(there) for there in written] == list(ours.values())
 
 
 MEASURE = """
@@ -332,7 +359,7 @@ def test_an_embedding_of_2022_and_a_network_of_another_kind(sd, tmp_path):
         minidiff.UNet2DConditionModel.from_single_file(control | extra, config=sd.folder)
     with pytest.raises(LoadError, match=r"input_blocks\.0\.0\.weight has no place in AutoencoderKL"):
         minidiff.AutoencoderKL.from_single_file(unet, config=sd.folder)
-    with pytest.raises(LoadError, match=r"dictionary: \d+ tensors are missing, the first is out\.0"):
+    with pytest.raises(LoadError, match=r"dictionary: \d+ tensors are missing, the first is output_blocks\.0\.0\."):
         minidiff.UNet2DConditionModel.from_single_file(control, config=sd.folder)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .clip_vocabulary import write_clip_tokenizer
 from .manifests import Manifest
+from .standard import write_files
 
 Make = Callable[[str, list[int]], torch.Tensor]
 
@@ -36,13 +36,10 @@ def make_random_folder(manifest: Manifest, folder: Path, seed: int = 0) -> None:
 
 def make_folder(manifest: Manifest, folder: Path, make: Make | None = None) -> None:
     """Writes the folder with the tensors that `make` gives for a name and a shape, or else with zeros."""
-    for name, spec in manifest.index.items():  # vocabularies; the manifest has this folder's own settings
-        if name.startswith("tokenizer") and spec != [None, None]:
-            write_tokenizer = write_bert_tokenizer if spec[1].startswith("Bert") else write_clip_tokenizer
-            write_tokenizer(folder / name)
-    for path, values in manifest.files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_files(manifest.files, folder)
+    for name, spec in manifest.index.items():
+        if name.startswith("tokenizer") and spec[1] and spec[1].startswith("Bert"):
+            write_bert_tokenizer(folder / name)
     for component, shapes in manifest.tensors.items():
         stem = "diffusion_pytorch_model" if manifest.index[component][0] == "diffusers" else "model"
         write_safetensors(folder / component / f"{stem}.safetensors", shapes, make)

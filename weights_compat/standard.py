@@ -1,7 +1,5 @@
-"""The standard models: which one a file without a folder is, told by names and shapes, and the configs it goes with.
-
-The configs are those of the manifests, and, in `standard_models.json`, of models that differ from one of these in a few
-keys: "like" names it, "files" are whole files of its own, "keys" those in the other's files that have other values.
+"""The standard models: which one a file without a folder is, told by names and shapes; and the configs it goes with,
+which are those of the manifests.
 """
 
 import json
@@ -12,7 +10,7 @@ from typing import Any
 
 from .clip_vocabulary import write_clip_tokenizer
 
-FOLDER = Path(__file__).parent
+MANIFESTS = Path(__file__).parent / "manifests"
 
 # Channels of the UNet's input, and width of the text states that it reads
 UNETS = {
@@ -41,6 +39,12 @@ DOUBTS = {
         " scaling_factor=0.13025",
     ),
 }
+
+WAY_DOWN = (  # keys of a UNet's config that its ControlNet has too
+    *("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"),
+    *("attention_head_dim", "use_linear_projection", "transformer_layers_per_block", "addition_embed_type"),
+    *("addition_time_embed_dim", "projection_class_embeddings_input_dim", "only_cross_attention", "num_class_embeds"),
+)
 
 # What a name has in it, in files that hold something else: what that is. The first that fits speaks
 STRANGERS = {
@@ -91,30 +95,23 @@ def stranger(names: Iterable[str]) -> str | None:
 
 def standard_named(name: str) -> str | None:
     """The standard model of that name, or of the repository `name`; None if there is none."""
-    stem, others = name.rpartition("/")[2], _read("standard_models.json")
-    known = others.get(stem) or ((FOLDER / "manifests" / f"{stem}.json").is_file() and _read(f"manifests/{stem}.json"))
-    return stem if known and name in (stem, known["repository"]) else None
+    file = MANIFESTS / f"{name.rpartition('/')[2]}.json"
+    known = file.is_file() and name in (file.stem, json.loads(file.read_text(encoding="utf-8"))["repository"])
+    return file.stem if known else None
 
 
 def standard_files(name: str) -> dict[str, dict[str, Any]]:
-    """The JSON files of a standard model's folder, by path."""
-    if (other := _read("standard_models.json").get(name)) is None:
-        return _read(f"manifests/{name}.json")["files"]
-    files = standard_files(other["like"]) | other.get("files", {})
-    files |= {path: files[path] | keys for path, keys in other["keys"].items()}
-    absent = [part for part, kind in files["model_index.json"].items() if kind == [None, None]]
-    return {path: values for path, values in files.items() if path.partition("/")[0] not in absent}
+    """The JSON files of a standard model's folder, by path; and, besides, the config of ControlNets for it."""
+    files = json.loads((MANIFESTS / f"{name}.json").read_text(encoding="utf-8"))["files"]
+    shared = {key: value for key, value in files["unet/config.json"].items() if key in WAY_DOWN}
+    return files | {"controlnet/config.json": {"_class_name": "ControlNetModel", **shared}}
 
 
 def write_files(files: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    """Writes the JSON files of a folder, by path, and CLIP's vocabulary for its tokenizers."""
-    for name in files["model_index.json"]:
-        if name.startswith("tokenizer"):
+    """Writes the JSON files of a folder, by path, and CLIP's vocabulary for its tokenizers of that kind."""
+    for name, spec in files["model_index.json"].items():
+        if name.startswith("tokenizer") and spec[1] and spec[1].startswith("CLIP"):
             write_clip_tokenizer(folder / name)  # the vocabulary; `files` have this folder's own settings
     for path, values in files.items():
-        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / name).read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +100,31 @@ def compare(stage: str, bound: float, expected: list[Tensor], actual: list[Tenso
     return worst
 
 
+def verify_single_file(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Iterator[Result]:
+    """The folder's networks in one file: what the reference and minidiff read there is what the folder holds."""
+    pipelines = [Side(reference, folder, index, "cpu", dtype).pipeline() for reference in (True, False)]
+    given = {name: None for name in ("feature_extractor", "safety_checker") if name in index}
+    options = {"config": str(folder), "torch_dtype": dtype, **given}
+    with tempfile.TemporaryDirectory(prefix="minidiff-") as place:
+        file = Path(place) / "model.safetensors"
+        try:
+            pipelines[1].save_single_file(file)
+        except ValueError as error:  # a system that such files don't hold
+            yield Result("single file", 0, error=str(error))
+            return
+        for side, pipe in zip(("the reference", "minidiff"), pipelines, strict=True):
+            try:
+                read = type(pipe).from_single_file(str(file), **options)
+            except Exception as error:  # as in `verify`
+                yield Result(f"single file: {side}", 0, error=f"{type(error).__name__}: {error}")
+                continue
+            for name, network in pipe.components.items():
+                if isinstance(network, torch.nn.Module):
+                    expected, actual = network.state_dict(), getattr(read, name).state_dict()
+                    found = [actual.get(key, torch.empty(0)) for key in expected]
+                    yield compare(f"single file: {name}, {side}", 0, list(expected.values()), found)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m weights_compat.verify",
@@ -115,6 +141,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="with --random: at real size (disk: SD 1.5 5.5 GB, XL 14)")
     parser.add_argument("--sample", metavar="N", type=int, help="with --random: height and width of what the UNet sees")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="with --random: make the folder here, and leave it")
+    parser.add_argument(
+        "--single-file", action="store_true", help="the folder's networks in one file too, there and back"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="of weights and inputs (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of denoising (%(default)s)")
@@ -182,8 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"folder    {folder} ({made})")
         print(f"run       {args.device}, {args.dtype}, {args.steps} steps\n")
         print(f"{'stage':<{WIDTH}}{'max |diff|':>12}{'relative':>12}{'bound':>10}")
-        results = []
-        for result in verify(folder, index, Inputs(args.device, getattr(torch, args.dtype), args.steps, args.seed)):
+        results, dtype = [], getattr(torch, args.dtype)
+        single = verify_single_file(folder, index, dtype) if args.single_file else ()
+        for result in chain(verify(folder, index, Inputs(args.device, dtype, args.steps, args.seed)), single):
             print(result, flush=True)
             results += [result] if isinstance(result, Result) else []
     failed = [result.stage for result in results if not result.passed]
