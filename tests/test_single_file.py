@@ -14,6 +14,7 @@ import numpy as np
 import originals
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from fake_hub import REPOSITORY, FakeHub
 from PIL import Image
 from reference import difference
@@ -23,6 +24,7 @@ import minidiff
 from minidiff import LoadError
 from minidiff.__main__ import main
 from minidiff.loading.component import REGISTRY
+from minidiff.loading.tensors import to_ours
 from minidiff.loading.weights import fit
 from weights_compat import TABLES
 from weights_compat.manifests import narrow, read_manifest
@@ -160,6 +162,22 @@ def test_names_are_one_to_one_at_full_size(name):
     for name in published.keys() - written.keys():  # SD 2's last layer, and constants
         assert re.search(r"resblocks\.23\.|text_projection|logit_scale|^[a-z0-9_]+$", name)
     assert sum(len(shapes) for shapes in written.values()) == sum(len(m.state_dict()) for m in models.values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_references_map_is_the_same_at_full_size(name):
+    """Its functions pass most tensors on as they are: so where each one goes can be seen without any weights."""
+    models, tensors = full_size(name)
+    published = originals.original(tensors)
+    for part, convert in (("unet", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)):
+        config, table = models[part].config, models[part].table
+        layout = original(part, config, [*models])
+        moved = convert(dict(published), dict(config))
+        assert moved.keys() == tensors[part].keys()
+        for hub, tensor in moved.items():
+            there, change = layout.table.origin(table.ours(hub))
+            source = published[layout.prefixes[0] + there]
+            assert tensor is source if change == "same" else tensor.shape == to_ours(change, source).shape
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-2-1", "stable-diffusion-xl-base-1.0"])

@@ -54,7 +54,7 @@ STRANGERS = {
     r"motion_modules\.|time_stack\.|temporal_transformer|\.time_mix": "a video model",
     r"joint_blocks\.|^text_encoders\.clip_[lg]\.": "Stable Diffusion 3",
     r"double_blocks\.|single_blocks\.|single_transformer_blocks\.": "Flux",
-    r"^edm_(mean|std)$": "Playground 2.5, whose latents are normed in another way",
+    r"^edm_(mean|std)$": "Playground 2.5: give config=, its folder, for its latents are normed in another way",
     r"clip_txt_mapper|\.channelwise\.": "Stable Cascade",
     r"^depth_model\.": "Stable Diffusion 2's depth model, which holds MiDaS: load its folder",
     r"adaLN|patch_embed|x_embedder|scale_shift_table|(^|\.)head\.modulation": "a diffusion transformer",
@@ -66,7 +66,7 @@ _LEFTOVERS = re.compile(
     r"(low_scale_model\.)?(betas|(log_)?(sqrt_)?(one_minus_)?(recip(m1)?_)?alphas_cumprod(_prev)?|posterior_\w+"
     r"|sqrt_\w+|log_one_\w+|lvlb_weights|logvar|scale_factor)"
     r"|denoiser\.\w+|model_ema\..*|(first_stage_model\.)?loss\..*|(loss|discriminator)\..*|cond_stage_model\.\w+"
-    r"|conditioner\.embedders\.\d\.(logit_scale|text_projection)"
+    r"|conditioner\.embedders\.\d\.(logit_scale|text_projection)|edm_(mean|std)"
 )
 
 
