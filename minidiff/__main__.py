@@ -41,7 +41,9 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {  # the usual short names: a class, a
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minidiff", description="Draw what a prompt says.")
     parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
-    parser.add_argument("--model", help=f"a folder or a Hub id (default: {BUNDLED}, which comes with the package)")
+    parser.add_argument(
+        "--model", help=f"a folder, a Hub id, or a .safetensors (default: {BUNDLED}, which comes with the package)"
+    )
     parser.add_argument("--list", action="store_true", help=f"print what {BUNDLED} knows to draw, and stop")
     parser.add_argument("--steps", type=int, help="of denoising (20 if bundled, else the pipeline's default)")
     parser.add_argument("--guidance", type=float, help="how far to follow the prompt (3 if bundled, else as above)")

@@ -40,7 +40,10 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     options = {"torch_dtype": dtype, "variant": args.variant}
     without = {"safety_checker": None} if args.safety is False else {}
-    pipe, refiner = Pipeline.from_pretrained(args.folder, **options, **without), None
+    if Path(args.folder).is_file() or "://" in str(args.folder):
+        pipe, refiner = Pipeline.from_single_file(args.folder, torch_dtype=dtype, **without), None
+    else:
+        pipe, refiner = Pipeline.from_pretrained(args.folder, **options, **without), None
     if args.safety and pipe.components.get("safety_checker") is None:
         raise ValueError(f"--safety: {args.model} has no safety checker")
     if "prompt" not in takes(pipe):

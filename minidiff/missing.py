@@ -26,7 +26,6 @@ REASONS = {
 # Methods and attributes of its pipelines and models: what to do instead
 MISSING = {
     "enable_freeu": "minidiff has no FreeU; the UNet's up blocks, where it scales the skips, are in models/unet.py",
-    "from_single_file": "minidiff reads folders: from_pretrained",
     "fuse_qkv_projections": "nothing needs it: leave it out",
     "load_ip_adapter": "minidiff has no IP-Adapter",
     "load_lora_weights": "minidiff reads no LoRA: wrap the layers of pipe.unet by hand",

@@ -36,10 +36,12 @@ def load_components(
     files: Files,
     expected: Collection[str],
     settings: Mapping[str, type],
+    read: Callable[[type[Component], Path, Files], Component] = lambda cls, folder, files: cls.read_from(folder, files),
 ) -> dict[str, Any]:
     """What `model_index.json` names: components, and `settings` (their types by name), which stand there as they are.
 
-    Those `given` aren't read. Raises LoadError for a name that isn't `expected`, and for an unknown class.
+    Those `given` aren't read; `read` reads one. Raises LoadError for a name that isn't `expected`, and for an unknown
+    class.
     """
     components: dict[str, Any] = {}
     to_read: dict[str, type[Component]] = {}
@@ -84,7 +86,7 @@ def load_components(
         if files.variant and name in models and not find_weights(folder, files):
             warnings.warn(f"{folder}: has no variant {files.variant!r}; its other weights are loaded", stacklevel=3)
             chosen = files._replace(variant=None)
-        components[name] = cls.read_from(folder, chosen)
+        components[name] = read(cls, folder, chosen)
     return components
 
 

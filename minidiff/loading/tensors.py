@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weights_compat.standard import stranger
+
 from .config import LoadError, check_readable
 
 
@@ -34,11 +36,14 @@ def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
     except Exception as error:  # pickle, zip and torch each have their own, and any byte of the file can be wrong
         problem = next(iter(str(error).splitlines()), type(error).__name__)
         raise LoadError(f"{file}: can't be read as a file of weights alone: {problem}") from None
+    for _ in range(2):  # what training libraries wrap around the weights
+        tensors = tensors["state_dict"] if isinstance(tensors, dict) and "state_dict" in tensors else tensors
     if not isinstance(tensors, dict):
         raise LoadError(f"{file}: must hold a dictionary of tensors, not {type(tensors).__name__}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor")
+            looks = f"; looks like {what}" if (what := stranger(map(str, tensors))) else ""
+            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor{looks}")
         yield name, tensor
 
 
@@ -59,11 +64,11 @@ def to_ours(change: str, tensor: Tensor) -> Tensor:
         case ["same"]:
             return tensor
         case ["transpose"]:
-            return tensor.t()
+            return tensor.transpose(0, -1)
         case ["convolution"]:  # (out, in, 1, 1) -> (out, in). Biases, and files that have (out, in), are the same
             return tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
         case ["third", number]:  # (3 * out, in) -> (out, in)
-            return tensor.tensor_split(3)[int(number)]
+            return tensor.tensor_split(3)[int(number)] if tensor.ndim else tensor
     raise ValueError(f"change={change!r} is not known")
 
 

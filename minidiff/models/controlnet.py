@@ -20,6 +20,7 @@ from weights_compat.controlnet import CONTROLNET
 
 from ..loading.component import Component
 from ..loading.config import MAX_LEVELS, LoadError, Range, Width
+from ..loading.single_file import OneFile
 from ..loading.weights import Files
 from ..outputs import output
 from .unet import ConditionUNet, UNet2DConditionConfig, UNet2DConditionModel
@@ -96,11 +97,11 @@ ControlNetConfig.fixed = {
 }
 
 
-class ControlNetModel(ConditionUNet):
+class ControlNetModel(ConditionUNet, OneFile):
     """For SD 1.x, 2.x and, with `text_time`, XL."""
 
     Config = ControlNetConfig
-    table = CONTROLNET
+    table, part = CONTROLNET, "controlnet"
 
     def build_up(self, c: ControlNetConfig, skips: list[int]) -> None:
         self.control = ControlEmbedding(

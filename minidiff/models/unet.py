@@ -21,6 +21,7 @@ from weights_compat.unet import UNET_2D_CONDITION
 
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
 from ..loading.model import Model
+from ..loading.single_file import OneFile
 from ..outputs import output
 
 
@@ -695,14 +696,14 @@ class ConditionUNet(UNet, abstract=True):
         return temb
 
 
-class UNet2DConditionModel(ConditionUNet):
+class UNet2DConditionModel(ConditionUNet, OneFile):
     """Predicts the noise in latents, given text states (High-resolution image synthesis with latent diffusion, 3.3).
 
     SD 1.x, SD 2.x, inpainting (9 input channels: latents, mask, masked picture) and, with `text_time`, SD XL.
     """
 
     Config = UNet2DConditionConfig
-    table = UNET_2D_CONDITION
+    table, part = UNET_2D_CONDITION, "unet"
 
     def forward(
         self,

@@ -1,0 +1,77 @@
+"""One folder, two sides: what the reference and minidiff load from it, and the inputs that both are given."""
+
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .manifests import reference_class
+
+PICTURE_READERS = dict.fromkeys(("CLIPFeatureExtractor", "CLIPImageProcessor"), "CLIPImageProcessorPil")
+
+
+class Inputs(NamedTuple):
+    """Random inputs that are the same for both sides."""
+
+    device: str
+    dtype: torch.dtype
+    steps: int
+    seed: int
+
+    def randn(self, *shape: int, seed: int = 0) -> Tensor:
+        return torch.randn(shape, generator=self.generator(seed)).to(self.device, self.dtype)
+
+    def generator(self, seed: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(1000 * self.seed + seed)
+
+    def picture(self, height: int, width: int) -> Image.Image:
+        pixels = np.random.default_rng(self.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+
+class Side(NamedTuple):
+    """Loads from the folder, with the reference or with minidiff."""
+
+    reference: bool
+    folder: Path
+    index: dict[str, Any]
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return "the reference" if self.reference else "minidiff"
+
+    def component(self, name: str) -> Any:
+        library, class_name = self.index[name]
+        if self.reference:
+            cls = reference_class(library, PICTURE_READERS.get(class_name, class_name))
+        else:
+            cls = our_class(class_name)
+        if not hasattr(cls, "forward"):
+            return cls.from_pretrained(str(self.folder), subfolder=name)
+        dtype = {"dtype" if hasattr(cls, "config_class") else "torch_dtype": self.dtype}  # transformers' name, or ours
+        return cls.from_pretrained(str(self.folder), subfolder=name, **dtype).to(self.device)
+
+    def pipeline(self, class_name: str | None = None) -> Any:
+        """The folder's pipeline, or its components under the class `class_name`."""
+        library = importlib.import_module("diffusers" if self.reference else "minidiff")
+        left_out = {"safety_checker": None, "requires_safety_checker": False}  # black pictures would hide differences
+        left_out = left_out if "safety_checker" in self.index else {}
+        pipe = library.DiffusionPipeline.from_pretrained(str(self.folder), torch_dtype=self.dtype, **left_out)
+        if class_name is not None:
+            pipe = getattr(library, class_name)(**pipe.components)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self.device)
+
+
+def our_class(name: str) -> Any:
+    """minidiff's class of this name, or None."""
+    import minidiff
+    from minidiff.loading.component import REGISTRY
+
+    return REGISTRY.get(name) or getattr(minidiff, name, None)
