@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from weights_compat.rules import Table
 
 from ..checks import check_tensors
+from ..lora import adapted
 from .component import Configured
 from .config import Config, LoadError, read_json, write_json
 from .switches import Switches
@@ -52,6 +53,11 @@ class Model(Configured, Switches, nn.Module, abstract=True):
         return model.eval()
 
     def write_to(self, folder: Path, files: Files) -> None:
+        if loose := list(dict.fromkeys(name for one in adapted(self) if not one.fused for name in one.adapters)):
+            raise ValueError(
+                f"this {type(self).__name__} has LoRA ({', '.join(loose)}) beside its weights, which no folder holds:"
+                " save_lora_weights, then unload_lora_weights; or fuse_lora, which makes it part of the weights"
+            )
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}  # if compiled
         self._check_saved(tensors)
         write_json(folder / "config.json", self.file_config())
