@@ -36,6 +36,7 @@ from .denoise import Tensors
 from .latents import PLAIN, LatentsAs, decode_latents
 from .memory import device_of
 from .prompt import encode_prompt, guidance_waves
+from .textual_inversion import TextualInversion
 
 BESIDE = {  # channels beside the latents in a UNet's input: what they are, and whose they are
     0: ("text alone", "StableDiffusionPipeline"),
@@ -55,7 +56,7 @@ class StableDiffusionPipelineOutput(NamedTuple):
     nsfw_content_detected: list[bool] | None
 
 
-class StableDiffusion(LoraSwitches, DiffusionPipeline):
+class StableDiffusion(LoraSwitches, TextualInversion, DiffusionPipeline):
     """Base of the pipelines. `scheduler` can be any of minidiff's, and be swapped between calls."""
 
     setting_names = ("requires_safety_checker",)
