@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 BUNDLED = "tiny-emoji"
 DPM = "DPMSolverMultistepScheduler"
@@ -52,6 +53,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda")
     parser.add_argument("--variant", help='of the weight files, such as "fp16"')
     parser.add_argument("--scale", type=int, help="enlarge each pixel (4 if bundled, else 1)")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times"
+    )
+    parser.add_argument("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, so too")
     parser.add_argument("-o", "--output", type=Path, default=Path("minidiff.png"), help="a PNG (%(default)s)")
     args = parser.parse_args(arguments)
     args.model = BUNDLED if args.model is None else args.model
@@ -120,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             name, keys = SCHEDULERS[args.scheduler] if args.scheduler else (type(pipe.scheduler).__name__, {})
             keys = keys | ({"use_karras_sigmas": True} if args.karras else {})
             pipe.scheduler = getattr(minidiff, name).from_config(pipe.scheduler.config, **keys)
+        load_adapters(pipe, args.lora, args.embedding)
         pipe.to(device)
         started = time.perf_counter()
         images = pipe(
@@ -142,8 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     picture = picture.resize(size, resample=Image.Resampling.NEAREST)  # pixels stay sharp
     settings = vars(args) | {"scheduler": type(pipe.scheduler).__name__}
     chunks = PngInfo()
-    for key in ("prompt", "negative", "model", "scheduler", "steps", "guidance", "seed", "n"):
-        if settings[key] is not None:
+    for key in ("prompt", "negative", "model", "lora", "embedding", "scheduler", "steps", "guidance", "seed", "n"):
+        if settings[key] not in (None, []):
             chunks.add_itxt(key, str(settings[key]))
     unfinished = args.output.with_name(f".{args.output.name}.tmp")  # whole or not at all
     try:
@@ -157,6 +163,21 @@ def main(arguments: list[str] | None = None) -> int:
     if args.bundled:
         print(f"Drawn by the bundled {BUNDLED}; a real one: --model stable-diffusion-v1-5/stable-diffusion-v1-5")
     return 0
+
+
+def load_adapters(pipe: Any, loras: list[str], embeddings: list[str]) -> None:
+    if (loras or embeddings) and not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"--lora and --embedding are Stable Diffusion's, and this is a {type(pipe).__name__}")
+    weights = {}
+    for i, lora in enumerate(loras):
+        file, _, scale = lora.rpartition(":")
+        number = re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", scale) if file else None
+        weights[f"lora{i}"] = float(scale) if number else 1.0
+        pipe.load_lora_weights(file if number else lora, adapter_name=f"lora{i}")
+    if loras:
+        pipe.set_adapters([*weights], [*weights.values()])
+    for file in embeddings:
+        pipe.load_textual_inversion(file)
 
 
 def warn_of_unknown_words(prompt: str, words: list[str]) -> None:

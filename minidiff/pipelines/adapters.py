@@ -5,7 +5,7 @@ The state is the layers' own, so pipelines that share a network share its adapte
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -122,11 +122,7 @@ class LoraSwitches(Runs):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        known = {name for found in self.get_list_adapters().values() for name in found}
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(
-                f"adapter_names has {', '.join(unknown)}; loaded are: {', '.join(sorted(known)) or 'none'}"
-            )
+        self._check_loaded(names)
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights has {len(weights)} for {len(names)} adapter_names")
         strengths = {}
@@ -150,14 +146,17 @@ class LoraSwitches(Runs):
         return {component: names for component, model in self._with_adapters().items() if (names := lora.names(model))}
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_loaded(names)
+        for name in names:
             for model in self._with_adapters().values():
                 lora.remove(model, name)
 
     def unload_lora_weights(self) -> None:
         """Removes all adapters. What is fused stays in the weights."""
-        for names in self.get_list_adapters().values():
-            self.delete_adapters(names)
+        for model in self._with_adapters().values():
+            for name in lora.names(model):
+                lora.remove(model, name)
 
     def disable_lora(self) -> None:
         """Draws without adapters, which stay loaded. What was fused is taken out of the weights."""
@@ -182,6 +181,7 @@ class LoraSwitches(Runs):
         """Adds `lora_scale` times the active adapters, or those of `adapter_names`, to the weights: calls take no
         longer than without. `safe_fusing`: nothing is fused where a weight wouldn't stay finite."""
         check_number(lora_scale, "lora_scale")
+        self._check_loaded(adapter_names or ())
         for model in self._with_adapters(components).values():
             lora.fuse(model, lora_scale, adapter_names, safe_fusing)
 
@@ -189,6 +189,12 @@ class LoraSwitches(Runs):
         """The weights as they were before `fuse_lora`, bit for bit: they were kept."""
         for model in self._with_adapters(components).values():
             lora.unfuse(model)
+
+    def _check_loaded(self, adapter_names: Collection[str]) -> None:
+        loaded = {name for names in self.get_list_adapters().values() for name in names}
+        if unknown := [str(name) for name in adapter_names if name not in loaded]:
+            there = ", ".join(sorted(loaded)) or "none"
+            raise ValueError(f"adapter_names has {', '.join(unknown)}; loaded: {there}")
 
     def _with_adapters(self, components: list[str] | None = None) -> dict[str, Model]:
         """The networks that can have adapters, or those of `components`."""
