@@ -149,7 +149,8 @@ def layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     for name, layer in model.named_modules():
         if type(layer) in KINDS or isinstance(layer, Adapted):
             name = name.replace("_orig_mod.", "")  # where torch.compile has wrapped a part
-            yield name, model.table.hub(f"{name}.weight").removesuffix(".weight"), layer
+            if hub := model.table.hub(f"{name}.weight"):  # else somebody has put it there
+                yield name, hub.removesuffix(".weight"), layer
 
 
 def adapted(model: nn.Module) -> list[Adapted]:

@@ -73,7 +73,7 @@ def pictures(pipe: minidiff.StableDiffusionPipeline) -> list[Image.Image]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("-o", "--output", type=Path, default=Path("windmill"), help="a folder (%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,11 +22,13 @@ from .run import Runs
 FILE_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", *DOWNLOADS)
 
 
-def adapter_file(owner: str, path: str | os.PathLike, usual: tuple[str, ...], keywords: dict[str, Any]) -> Any:
-    """The file that a path and the keywords of a `load_...` mean."""
+def file_or_given(owner: str, source: Any, usual: tuple[str, ...], keywords: dict[str, Any], given: Any) -> Any:
+    """The file that a path and the keywords of a `load_...` mean; or the tensors that were given in its place."""
     taken = check_keywords(keywords, LOADING, owner, FILE_ARGUMENTS)
+    if isinstance(source, given):
+        return source
     safe = taken.pop("use_safetensors", None)
-    file = find_file(path, taken.pop("weight_name", None), usual, taken.pop("subfolder", None) or "", **taken)
+    file = find_file(source, taken.pop("weight_name", None), usual, taken.pop("subfolder", None) or "", **taken)
     if safe is not None and safe != (file.suffix == ".safetensors"):
         raise LoadError(f"{file}: use_safetensors={safe} was asked for")
     return file
@@ -70,12 +72,11 @@ class LoraSwitches(Runs):
         free = next(name for name in map("default_{}".format, range(len(known) + 1)) if name not in known)
         name = free if adapter_name is None else adapter_name
         lora.check_name(name, known)
-        source, header, where = pretrained_model_name_or_path_or_dict, {}, "the given tensors"
-        if not isinstance(source, Mapping):
-            where = adapter_file(type(self).__name__, source, LORA, keywords)
-            source, header = read_lora(where)
+        source = file_or_given(type(self).__name__, pretrained_model_name_or_path_or_dict, LORA, keywords, Mapping)
+        tensors, header = (source, {}) if isinstance(source, Mapping) else read_lora(source)
+        where = "the given tensors" if isinstance(source, Mapping) else str(source)
         models = self._with_adapters()
-        for component, pairs in match_lora(source, header, models, str(where)).items():
+        for component, pairs in match_lora(tensors, header, models, where).items():
             lora.attach(models[component], name, pairs)
 
     @classmethod
@@ -176,14 +177,15 @@ class LoraSwitches(Runs):
         components: list[str] | None = None,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
-        adapter_names: list[str] | None = None,
+        adapter_names: str | list[str] | None = None,
     ) -> None:
         """Adds `lora_scale` times the active adapters, or those of `adapter_names`, to the weights: calls take no
         longer than without. `safe_fusing`: nothing is fused where a weight wouldn't stay finite."""
         check_number(lora_scale, "lora_scale")
-        self._check_loaded(adapter_names or ())
+        chosen = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_loaded(chosen or ())
         for model in self._with_adapters(components).values():
-            lora.fuse(model, lora_scale, adapter_names, safe_fusing)
+            lora.fuse(model, lora_scale, chosen, safe_fusing)
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """The weights as they were before `fuse_lora`, bit for bit: they were kept."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..loading.config import LoadError
 from ..loading.tensors import read_pickle, read_tensors
 from ..models import CLIPTextModel, CLIPTokenizer
-from .adapters import adapter_file
+from .adapters import file_or_given
 from .prompt import all_vectors, with_all_vectors
 
 USUAL = ("learned_embeds.safetensors", "learned_embeds.bin")
@@ -46,11 +46,12 @@ class TextualInversion:
             raise ValueError(f"token has {len(tokens)} for {len(sources)} embeddings: give one for each")
         new: dict[Pair, dict[str, Tensor]] = {}  # the vectors of each text encoder's new tokens
         for source, name in zip(sources, tokens, strict=True):
+            found = file_or_given(type(self).__name__, source, USUAL, paths, Tensor | Mapping)
             where = "the given embedding"
-            if not isinstance(source, Tensor | Mapping):
-                file = where = adapter_file(type(self).__name__, source, USUAL, paths)
-                source = dict(read_tensors(file)) if file.suffix == ".safetensors" else read_pickle(file)
-            for end, word, vectors in _found(source, name, where):
+            if found is not source:
+                where, safe = found, found.suffix == ".safetensors"
+                found = dict(read_tensors(found)) if safe else read_pickle(found)
+            for end, word, vectors in _found(found, name, where):
                 pair = self._pairs(tokenizer, text_encoder)[end]
                 if None in pair:
                     raise ValueError(f"{where}: is for a tokenizer{end} and text_encoder{end}, which aren't there")
