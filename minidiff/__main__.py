@@ -70,6 +70,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     shows = "shows each step in OUTPUT.preview.png, which no safety checker sees, and which goes in the end"
     parser.add_argument("--preview", metavar="MODEL", help=f"{tiny}; {shows}")
     parser.add_argument("--scale", type=int, help="enlarge each pixel (4 if bundled, else 1)")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times"
+    )
+    parser.add_argument("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, so too")
     parser.add_argument("-o", "--output", type=Path, default=Path("minidiff.png"), help="a PNG (%(default)s)")
     args = parser.parse_args(arguments)
     args.model = BUNDLED if args.model is None else args.model

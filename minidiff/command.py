@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,19 @@ KEYWORDS = {  # flags, and what they are in a pipeline's call
     "preview": "callback_on_step_end",
 }
 RECORDED = ("prompt", "negative", "image", "mask", "strength", "height", "width")  # in the picture's file
-RECORDED += ("control", "control_image", "model", "refiner", "scheduler", "steps", "guidance", "seed", "n")
+RECORDED += (
+    "control",
+    "control_image",
+    "model",
+    "lora",
+    "embedding",
+    "refiner",
+    "scheduler",
+    "steps",
+    "guidance",
+    "seed",
+    "n",
+)
 
 Pipeline = minidiff.DiffusionPipeline
 
@@ -52,6 +65,7 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
         pipe = minidiff.AutoPipelineForInpainting.from_pipe(pipe)
     elif args.image and "image" not in takes(pipe):
         pipe = minidiff.AutoPipelineForImage2Image.from_pipe(pipe)
+    load_adapters(pipe, args.lora, args.embedding)
     if args.control:
         nets = [load_net(place, dtype) for place in args.control]
         chosen = "Inpainting" if args.mask else "Image2Image" if args.image else "Text2Image"
@@ -69,6 +83,22 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
             one.scheduler = getattr(minidiff, name).from_config(one.scheduler.config, **keys)
         one.to(device)
     return pipe, refiner
+
+
+def load_adapters(pipe: Pipeline, loras: list[str], embeddings: list[str]) -> None:
+    """`loras` are files or Hub ids, each perhaps with `:` and a scale behind it."""
+    if (loras or embeddings) and not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"--lora and --embedding are Stable Diffusion's, and this is a {type(pipe).__name__}")
+    weights = {}
+    for i, lora in enumerate(loras):
+        file, _, scale = lora.rpartition(":")
+        number = re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", scale) if file else None
+        weights[f"lora{i}"] = float(scale) if number else 1.0
+        pipe.load_lora_weights(file if number else lora, adapter_name=f"lora{i}")
+    if loras:
+        pipe.set_adapters([*weights], [*weights.values()])
+    for file in embeddings:
+        pipe.load_textual_inversion(file)
 
 
 def load_net(place: str, dtype: torch.dtype) -> minidiff.ControlNetModel:
@@ -154,7 +184,7 @@ def write(picture: Image.Image, file: Path, settings: Mapping[str, Any] | None =
     """Writes a PNG, whole or not at all, with the `settings` that drew it. Raises OSError, which names the file."""
     chunks = PngInfo()
     for key in RECORDED if settings else ():
-        if settings[key] is not None:
+        if settings[key] not in (None, []):
             chunks.add_itxt(key, str(settings[key]))
     unfinished = file.with_name(f".{file.name}.tmp")
     try:

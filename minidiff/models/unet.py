@@ -780,6 +780,6 @@ UNet2DConditionConfig.inert = AVERAGED | {
 REFUSED = {
     "attention_mask": "it hides pixels from one another, which no pipeline of Stable Diffusion does",
     "encoder_attention_mask": "the UNets were trained on states that see the padding; shorten the states",
-    "cross_attention_kwargs": "there are no attention processors; hooks or subclassed modules change the attention",
+    "cross_attention_kwargs": "there are no attention processors; LoRA's scale is set by minidiff.lora.scaled",
     "down_intrablock_additional_residuals": "they are a T2I-Adapter's, which this UNet doesn't take",
 }

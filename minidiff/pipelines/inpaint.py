@@ -209,7 +209,8 @@ class StableDiffusionInpaintPipeline(Inpainting):
         height, width = self.size(height, width)
         crop = self._crop(image, mask_image, height, width, padding_mask_crop, output_type)
         pictures = self._pictures(image, mask_image, masked_image_latents, height, width, crop)
-        with self.running(guidance_scale=guidance_scale, clip_skip=clip_skip) as run:
+        settings = {"guidance_scale": guidance_scale, "clip_skip": clip_skip}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = start_midway(run.scheduler, timesteps, strength, at_least=1)
             tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)

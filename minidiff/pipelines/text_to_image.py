@@ -82,7 +82,7 @@ class StableDiffusionPipeline(StableDiffusion):
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
         height, width = self.size(height, width)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
-        with self.running(**settings) as run:
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)
             factor = run.vae.factor

@@ -102,7 +102,8 @@ class StableDiffusionXLPipeline(StableDiffusionXL):
         texts = (prompt, prompt_2, negative_prompt, negative_prompt_2)
         states = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
-        with self.running(**settings, denoising_end=denoising_end) as run:
+        settings |= {"cross_attention_kwargs": cross_attention_kwargs, "denoising_end": denoising_end}
+        with self.running(**settings) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = stop_at(run.scheduler, timesteps, denoising_end)
             tensors, B = run.text_tensors(texts, states, count)

@@ -170,7 +170,7 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLOnPictures):
         states = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
         parts = {"denoising_start": denoising_start, "denoising_end": denoising_end}
-        with self.running(**settings, **parts) as run:
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs, **parts) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = run.part(timesteps, strength, denoising_start, denoising_end)
             tensors, B = run.text_tensors(texts, states, count)
