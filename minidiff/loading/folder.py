@@ -71,6 +71,10 @@ def load_components(
     nested = {name for name, cls in to_read.items() if any((root / name / file).exists() for file in cls.files)}
     folders = {name: root if at_root and name not in nested else root / name for name in to_read}
     models = [name for name, cls in to_read.items() if issubclass(cls, Model)]
+    if len(flat := [name for name in models if folders[name] == root]) > 1:
+        raise LoadError(
+            f"{root}: {', '.join(flat)} have no folders: config.json beside {INDEX} can be one model's alone"
+        )
     if files.variant and models and not any(find_weights(folders[name], files) for name in models):
         raise LoadError(f"{root}: no component has weights of the variant {files.variant!r}")
     for name, cls in to_read.items():

@@ -354,6 +354,11 @@ class UNetConfig(Config):
         """Of what the residual blocks read of the timestep."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
+    @property
+    def temb_dim(self) -> int:
+        """Of all that they read: AudioLDM's have the class beside the timestep, and not added to it."""
+        return 2 * self.time_dim if self.get("class_embeddings_concat") else self.time_dim
+
     def per_level(self, key: str) -> tuple[Any, ...]:
         """A key that is one value for all levels, or a list with one for each."""
         levels = len(self.block_out_channels)
@@ -395,6 +400,7 @@ class UNet2DConditionConfig(UNetConfig):
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     class_embed_type: Literal["timestep", "identity", "projection", "simple_projection", None] = None
+    class_embeddings_concat: bool = False
     time_cond_proj_dim: Width | None = None  # latent consistency models: waves of the guidance scale
 
     def __post_init__(self):
@@ -419,6 +425,9 @@ class UNet2DConditionConfig(UNetConfig):
         projected = self.class_embed_type in ("projection", "simple_projection")
         fits = not projected or 0 < (self.projection_class_embeddings_input_dim or 0) <= 2**20
         self.require(fits, "projection_class_embeddings_input_dim", "be given, for this class_embed_type")
+        classes = (self.class_embed_type or self.num_class_embeds) and self.addition_embed_type is None
+        fits = not self.class_embeddings_concat or classes
+        self.require(fits, "class_embeddings_concat", "be false without classes, and beside an addition_embed_type")
 
     def depth(self, level: int, layer: int, up: bool) -> int:
         """How many transformer blocks come after a layer."""
@@ -472,7 +481,7 @@ class UNet(Model, abstract=True):
         c = self.config
         scale_shift = c.resnet_time_scale_shift == "scale_shift"
         options = {"scale_shift": scale_shift, "dropout": c.dropout, "resample": resample}
-        return ResnetBlock(c_in, c_out, c.norm_num_groups, c.norm_eps, c.time_dim, **options)
+        return ResnetBlock(c_in, c_out, c.norm_num_groups, c.norm_eps, c.temb_dim, **options)
 
     def make_class_embedding(self) -> nn.Module | None:
         c = self.config
@@ -663,7 +672,8 @@ class UNet2DConditionModel(UNet):
             if dim is None or timestep_cond.shape != (sample.shape[0], dim):
                 takes = "none, since it has no time_cond_proj_dim" if dim is None else (sample.shape[0], dim)
                 raise ValueError(f"timestep_cond has shape {tuple(timestep_cond.shape)}; this UNet takes {takes}")
-        temb = self.embed_timestep(sample, timestep, timestep_cond) + self.embed_class(sample, class_labels)
+        temb, label = self.embed_timestep(sample, timestep, timestep_cond), self.embed_class(sample, class_labels)
+        temb = torch.cat([temb, label], dim=-1) if self.config.class_embeddings_concat else temb + label
         if self.config.addition_embed_type == "text_time":
             temb = temb + self.embed_added(sample, added_cond_kwargs)
         elif added_cond_kwargs:
@@ -701,7 +711,6 @@ UNet2DConditionConfig.fixed = UNetConfig.fixed | {
     "timestep_post_act": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "class_embeddings_concat": False,
 }
 UNet2DConditionConfig.inert = AVERAGED | {
     "addition_embed_type_num_heads": 'read for an addition_embed_type of "text" alone',
