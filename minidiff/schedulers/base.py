@@ -28,7 +28,18 @@ Spacing = Literal["linspace", "leading", "trailing"]  # arXiv 2305.08891, table 
 
 @dataclass(frozen=True, eq=False)
 class SamplerConfig(Config):
-    """What all samplers' configs have in common: another sampler's keys are kept."""
+    """What all samplers' configs have in common: another sampler's keys are kept.
+
+    `renamed`: what other samplers' folders hold in a key, and what that becomes here.
+    """
+
+    renamed: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+
+    def __post_init__(self):
+        for key, names in self.renamed.items():
+            value = getattr(self, key)
+            object.__setattr__(self, key, names.get(value, value) if isinstance(value, str) else value)
+        super().__post_init__()
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str | None = None) -> Self:
@@ -73,7 +84,7 @@ class SchedulerConfig(SamplerConfig):
 
 # Keys that no sampler here has, but that files on the Hub do
 FOREIGN = {
-    **dict.fromkeys(("noise_sampler_seed", "sigma_data", "sigma_schedule", "rho"), "other systems' samplers'"),
+    "noise_sampler_seed": "another system's sampler's",
     **dict.fromkeys(("tensor_format", "timestep_values"), "the Hub's oldest files': NumPy or PyTorch, and null"),
     "timesteps": "training scripts': the number of steps that they drew samples with",
 }
