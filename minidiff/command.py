@@ -44,10 +44,7 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
         raise ValueError(f"--safety: {args.model} has no safety checker")
     if "prompt" not in takes(pipe):
         raise ValueError(f"{args.model}: a {type(pipe).__name__} takes no prompt; call it from Python")
-    if args.mask and "mask_image" not in takes(pipe):
-        pipe = minidiff.AutoPipelineForInpainting.from_pipe(pipe)
-    elif args.image and "image" not in takes(pipe):
-        pipe = minidiff.AutoPipelineForImage2Image.from_pipe(pipe)
+    pipe = suited(pipe, args)
     if args.refiner and "denoising_end" not in takes(pipe):
         raise ValueError(f"--refiner: ends what XL began, but {args.model} has a {type(pipe).__name__}")
     if args.refiner:
@@ -60,6 +57,15 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
             one.scheduler = getattr(minidiff, name).from_config(one.scheduler.config, **keys)
         one.to(device)
     return pipe, refiner
+
+
+def suited(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
+    """The pipeline, or one of the same parts that takes the pictures which are given."""
+    if args.mask and "mask_image" not in takes(pipe):
+        return minidiff.AutoPipelineForInpainting.from_pipe(pipe)
+    if args.image and "image" not in takes(pipe):
+        return minidiff.AutoPipelineForImage2Image.from_pipe(pipe)
+    return pipe
 
 
 def takes(pipe: Pipeline) -> Mapping[str, inspect.Parameter]:
@@ -88,16 +94,17 @@ def arguments_of(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
             raise ValueError(f"--{flag}: a {type(pipe).__name__} takes no {keyword}")
         if asked[flag] is None and flag in ("image", "mask") and keyword in takes(pipe):
             raise ValueError(f"{args.model}: a {type(pipe).__name__} takes a picture: give --{flag}")
-    return {KEYWORDS[flag]: value for flag, value in asked.items() if value is not None}
+    call = {KEYWORDS[flag]: value for flag, value in asked.items() if value is not None}
+    seeded = [torch.Generator().manual_seed(args.seed + i) for i in range(args.n)]
+    return {"prompt": args.prompt, "generator": seeded, **call}
 
 
-def draw(args: argparse.Namespace, pipe: Pipeline, refiner: Pipeline | None, call: dict[str, Any]) -> list[Image.Image]:
-    call = call | {"generator": [torch.Generator().manual_seed(args.seed + i) for i in range(args.n)]}
+def draw(pipe: Pipeline, refiner: Pipeline | None, call: dict[str, Any]) -> list[Image.Image]:
     if refiner is None:
-        return pipe(args.prompt, **call).images
-    latents = pipe(args.prompt, **call, denoising_end=BASE_SHARE, output_type="latent").images
+        return pipe(**call).images
+    latents = pipe(**call, denoising_end=BASE_SHARE, output_type="latent").images
     again = {name: value for name, value in call.items() if name not in ("image", "strength", "height", "width")}
-    return refiner(args.prompt, image=latents, denoising_start=BASE_SHARE, **again).images
+    return refiner(image=latents, denoising_start=BASE_SHARE, **again).images
 
 
 def preview_file(args: argparse.Namespace) -> Path:
