@@ -9,10 +9,13 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from tqdm import tqdm
 
 import minidiff
+from minidiff.batch import draw_many
 from minidiff.command import arguments_of, draw, lay_out, load, preview_file, write
 
 BUNDLED = "tiny-emoji"
@@ -38,8 +41,15 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {  # the usual short names: a class, a
 }
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minidiff", description="Draw what a prompt says.")
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError where it would end the program: what is wrong may be one line of many."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def flags() -> Parser:
+    parser = Parser(prog="python -m minidiff", description="Draw what a prompt says.")
     parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
     parser.add_argument(
         "--model", help=f"a folder, a Hub id, or a .safetensors (default: {BUNDLED}, which comes with the package)"
@@ -74,7 +84,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times"
     )
     parser.add_argument("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, so too")
-    parser.add_argument("-o", "--output", type=Path, default=Path("minidiff.png"), help="a PNG (%(default)s)")
+    lines = 'a JSONL file, whose lines are drawn: {"prompt": "a fox", "seed": 1}, and what else differs from the flags'
+    parser.add_argument("--prompts", metavar="FILE", help=lines)
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="of --prompts, drawn at once (%(default)s)")
+    where = "a PNG (minidiff.png), with --prompts a folder (pictures)"
+    parser.add_argument("-o", "--output", type=Path, help=where)
+    return parser
+
+
+def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
+    """Raises ValueError for what can't be meant."""
     args = parser.parse_args(arguments)
     args.model = BUNDLED if args.model is None else args.model
     args.bundled = args.model == BUNDLED and not Path(BUNDLED).is_dir()
@@ -84,10 +103,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.steps = steps if args.steps is None else args.steps
     args.guidance = guidance if args.guidance is None else args.guidance
     args.scale = scale if args.scale is None else args.scale
-    if not args.list and args.prompt is None:
+    args.output = Path("pictures" if args.prompts else "minidiff.png") if args.output is None else args.output
+    if not args.list and args.prompt is None and not args.prompts:
         parser.error("the following arguments are required: prompt")
+    if args.prompts and (args.prompt is not None or args.preview):
+        parser.error("argument --prompts: goes neither with another prompt nor with --preview")
+    if args.batch < 1 or (args.batch > 1 and args.prompts is None):
+        parser.error(f"argument --batch: {args.batch} must be 1 or more, beside --prompts")
     for flag in ("mask", "strength"):
-        if vars(args)[flag] is not None and args.image is None:
+        if vars(args)[flag] is not None and args.image is None and not args.prompts:
             parser.error(f"argument --{flag}: needs --image")
     if len(args.control or ()) != len(args.control_image or ()):
         parser.error("argument --control-image: give one for each --control")
@@ -101,6 +125,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"argument --scale: {args.scale} is less than 1")
     if not 0 <= args.seed < 2**64 - args.n:
         parser.error(f"argument --seed: {args.seed} must lie in 0..2^64 - {args.n + 1}")
+    if args.prompts:
+        return args
     if args.output.suffix.lower() != ".png" or not args.output.absolute().parent.is_dir():
         parser.error(f"argument -o: {args.output} must be a .png in a folder that exists")
     if problem := why_not_writable(args.output):
@@ -122,8 +148,13 @@ def why_not_writable(file: Path) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    parser, arguments = flags(), sys.argv[1:] if arguments is None else arguments
+    try:
+        args = parse(parser, arguments)
+    except ValueError as error:
+        parser.print_usage(sys.stderr)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
 
     if args.list or args.bundled:
         known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
@@ -131,14 +162,20 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
             print('One thing or two: "a fox and a cactus on a yellow background"')
             return 0
-        warn_of_unknown_words(f"{args.prompt} {args.negative or ''}", known["words"])
+
+    def checked(one: argparse.Namespace) -> argparse.Namespace:
+        if one.bundled:
+            warn_of_unknown_words(f"{one.prompt} {one.negative or ''}", known["words"])
+        return one
 
     device = args.device or next((d for d in ("cuda", "mps") if getattr(torch, d).is_available()), "cpu")
     try:
-        pipe, refiner = load(args, device)
+        if args.prompts:  # a line's flags come after the command's
+            return draw_many(args, lambda line: checked(parse(parser, [*arguments, "--prompts=", *line])), device)
+        pipe, refiner = load(checked(args), device)
         call = arguments_of(args, pipe)
         started = time.perf_counter()
-        images = draw(args, pipe, refiner, call)
+        images = draw(pipe, refiner, call)
         seconds = time.perf_counter() - started
         picture = lay_out(images, args)
         write(picture, args.output, {**vars(args), "scheduler": type(pipe.scheduler).__name__})

@@ -30,20 +30,9 @@ KEYWORDS = {  # flags, and what they are in a pipeline's call
     "n": "num_images_per_prompt",
     "preview": "callback_on_step_end",
 }
-RECORDED = ("prompt", "negative", "image", "mask", "strength", "height", "width")  # in the picture's file
-RECORDED += (
-    "control",
-    "control_image",
-    "model",
-    "lora",
-    "embedding",
-    "refiner",
-    "scheduler",
-    "steps",
-    "guidance",
-    "seed",
-    "n",
-)
+RECORDED = ("prompt", "negative", "image", "mask", "strength", "height", "width", "control", "control_image")
+RECORDED += ("model", "lora", "embedding", "refiner", "scheduler", "steps", "guidance", "seed", "n")  # in the PNG
+FIRST_ALONE = ("image", "control_image", "strength", "height", "width")  # not for the refiner
 
 Pipeline = minidiff.DiffusionPipeline
 
@@ -61,16 +50,13 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
         raise ValueError(f"--safety: {args.model} has no safety checker")
     if "prompt" not in takes(pipe):
         raise ValueError(f"{args.model}: a {type(pipe).__name__} takes no prompt; call it from Python")
-    if args.mask and "mask_image" not in takes(pipe):
-        pipe = minidiff.AutoPipelineForInpainting.from_pipe(pipe)
-    elif args.image and "image" not in takes(pipe):
-        pipe = minidiff.AutoPipelineForImage2Image.from_pipe(pipe)
     load_adapters(pipe, args.lora, args.embedding)
     if args.control:
         nets = [load_net(place, dtype) for place in args.control]
-        chosen = "Inpainting" if args.mask else "Image2Image" if args.image else "Text2Image"
-        steered = getattr(minidiff, f"AutoPipelineFor{chosen}")
+        kind = "Inpainting" if "mask_image" in takes(pipe) else "Text2Image"
+        steered = getattr(minidiff, f"AutoPipelineFor{kind}")
         pipe = steered.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0])
+    pipe = suited(pipe, args)
     if args.refiner and "denoising_end" not in takes(pipe):
         raise ValueError(f"--refiner: ends what XL began, but {args.model} has a {type(pipe).__name__}")
     if args.refiner:
@@ -107,6 +93,15 @@ def load_net(place: str, dtype: torch.dtype) -> minidiff.ControlNetModel:
     return (net.from_single_file if Path(place).is_file() else net.from_pretrained)(place, torch_dtype=dtype)
 
 
+def suited(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
+    """The pipeline, or one of the same parts that takes the pictures which are given."""
+    if args.mask and "mask_image" not in takes(pipe):
+        return minidiff.AutoPipelineForInpainting.from_pipe(pipe)
+    if args.image and ("control_image" if args.control else "image") not in takes(pipe):
+        return minidiff.AutoPipelineForImage2Image.from_pipe(pipe)
+    return pipe
+
+
 def takes(pipe: Pipeline) -> Mapping[str, inspect.Parameter]:
     """The parameters of its call."""
     return inspect.signature(type(pipe).__call__).parameters
@@ -137,20 +132,17 @@ def arguments_of(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
             raise ValueError(f"--{flag}: a {type(pipe).__name__} takes no {keyword}")
         if asked[flag] is None and flag in ("image", "mask") and keyword in takes(pipe):
             raise ValueError(f"{args.model}: a {type(pipe).__name__} takes a picture: give --{flag}")
-    return {KEYWORDS[flag]: value for flag, value in asked.items() if value is not None}
+    call = {KEYWORDS[flag]: value for flag, value in asked.items() if value is not None}
+    seeded = [torch.Generator().manual_seed(args.seed + i) for i in range(args.n)]
+    return {"prompt": args.prompt, "generator": seeded, **call}
 
 
-def draw(args: argparse.Namespace, pipe: Pipeline, refiner: Pipeline | None, call: dict[str, Any]) -> list[Image.Image]:
-    call = call | {"generator": [torch.Generator().manual_seed(args.seed + i) for i in range(args.n)]}
+def draw(pipe: Pipeline, refiner: Pipeline | None, call: dict[str, Any]) -> list[Image.Image]:
     if refiner is None:
-        return pipe(args.prompt, **call).images
-    latents = pipe(args.prompt, **call, denoising_end=BASE_SHARE, output_type="latent").images
-    again = {
-        name: value
-        for name, value in call.items()
-        if name not in ("image", "control_image", "strength", "height", "width")
-    }
-    return refiner(args.prompt, image=latents, denoising_start=BASE_SHARE, **again).images
+        return pipe(**call).images
+    latents = pipe(**call, denoising_end=BASE_SHARE, output_type="latent").images
+    again = {name: value for name, value in call.items() if name not in FIRST_ALONE}
+    return refiner(image=latents, denoising_start=BASE_SHARE, **again).images
 
 
 def preview_file(args: argparse.Namespace) -> Path:
