@@ -15,25 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .sides import Inputs, Side, our_class
-
-TEXTS = [
-    "a photograph of an astronaut riding a horse",
-    "",
-    "  two  spaces,\ttabs\nand\r\nlines \u00a0\u3000 ",
-    "Crème brûlée à la São Tomé; e\u0301 a\u030a \ufb01 ß İ ŉ",
-    "it's we're I'll they've don't I'M you'D o'clock ''s",
-    "in 1984: 3,141.59 \u00d7 10⁻³ ½ Ⅷ ٣٤",
-    "一只猫坐在垫子上。東京タワー 서울 กรุงเทพ हिन्दी עברית العربية",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 ❤️ 🇨🇭 ☃",
-    "\x00\x01\x07control\x1b[0m \u200b\u200d\u202e\ufeff\x7f\x85",
-    "<|startoftext|>inside<|endoftext|> and <|ENDOFTEXT|> and !!! !",
-    "antidisestablishmentarianism-pneumonoultramicroscopicsilicovolcanoconiosis",
-    "(masterpiece:1.3), [blurry], {a|b}, <lora:x:0.7>, https://example.org/?q=1&r=2#top",
-    "\U0001d54b\U0001d559\U0001d556 ꙮ \U00010348 \ue000 \ufffd",
-    "a" * 400,
-    "a red apple, " * 250,
-]
+from .sides import TEXTS, Inputs, Side, our_class
 
 WIDTH = 52  # of the names in what is printed
 VAES, TEXT_ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "bert")
@@ -75,9 +57,15 @@ def encode_text(encoder: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def predict(unet: Any, inputs: Inputs, timesteps: tuple[int, ...] = (981, 500, 1)) -> dict[str, Any]:
-    """What the network says, early, midway and late; all that its config makes it ask for is random."""
+    """What the network says, early, midway and late."""
     c, n = unet.config, len(timesteps)
     sample = inputs.randn(n, c.in_channels, *_pair(c.sample_size or 64))
+    t = torch.tensor(timesteps, device=inputs.device)
+    return {"": list(unet(sample, t, **beside(c, inputs, n)).sample)}
+
+
+def beside(c: Any, inputs: Inputs, n: int) -> dict[str, Any]:
+    """What a network of this config reads beside `n` samples, all of it random."""
     options: dict[str, Any] = {}
     if c.get("cross_attention_dim"):
         options["encoder_hidden_states"] = inputs.randn(n, 77, c.cross_attention_dim, seed=2)
@@ -87,7 +75,7 @@ def predict(unet: Any, inputs: Inputs, timesteps: tuple[int, ...] = (981, 500, 1
         pooled = inputs.randn(n, c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim, seed=1)
         sizes = torch.tensor([1024, 768, 64, 32, 1024, 896], device=inputs.device).repeat(n, 1)
         options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
-    return {"": list(unet(sample, torch.tensor(timesteps, device=inputs.device), **options).sample)}
+    return options
 
 
 def plan(scheduler: Any, inputs: Inputs) -> dict[str, Any]:
@@ -223,13 +211,14 @@ class Stage(NamedTuple):
     run: Callable[[Any], dict[str, Any]]
 
 
+SCHEDULERS = r"(?!KarrasVe|RePaint).*Scheduler"  # those two step from more than a prediction
 # A component's class, the kind of its numbers, and what runs on it; in the order of the data's way through a pipeline
 STAGES = (
     (r"(CLIP|Bert)Tokenizer(Fast)?", "ids", tokenize),
     (r"CLIPTextModel(WithProjection)?|LDMBertModel", "states", encode_text),
     (r"UNet2D(Condition)?Model", "unet", predict),
-    (r".*Scheduler", "ids", plan),
-    (r".*Scheduler", "scheduler", step_through),
+    (SCHEDULERS, "ids", plan),
+    (SCHEDULERS, "scheduler", step_through),
     (r"AutoencoderKL|VQModel", "vae", encode_and_decode),
     (r"CLIP(FeatureExtractor|ImageProcessor(Pil)?)", "states", read_pictures),
     (r"StableDiffusionSafetyChecker", "states", look),
