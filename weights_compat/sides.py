@@ -11,8 +11,14 @@ from torch import Tensor
 
 from .manifests import reference_class
 
+# What the reference calls things, and what it can't do
 PICTURE_READERS = dict.fromkeys(("CLIPFeatureExtractor", "CLIPImageProcessor"), "CLIPImageProcessorPil")
-
+SAME_PARTS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # a folder of one is one of the others too
+# PRK steps turn float16 into float32, which the network then refuses; NumPy has no bfloat16 for the picture
+REFERENCE_FAILS = {
+    torch.float16: ("PNDMPipeline",),
+    torch.bfloat16: (*SAME_PARTS, "LDMPipeline", "LDMTextToImagePipeline", "ScoreSdeVePipeline"),
+}
 
 TEXTS = [
     "a photograph of an astronaut riding a horse",

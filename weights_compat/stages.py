@@ -15,16 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .sides import TEXTS, Inputs, Side, our_class
+from .sides import REFERENCE_FAILS, SAME_PARTS, TEXTS, Inputs, Side, our_class
 
 WIDTH = 52  # of the names in what is printed
 VAES, TEXT_ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "bert")
-SAME_PARTS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # a folder of one is one of the others too
-# PRK steps turn float16 into float32, which the network then refuses; NumPy has no bfloat16 for the picture
-REFERENCE_FAILS = {
-    torch.float16: ("PNDMPipeline",),
-    torch.bfloat16: (*SAME_PARTS, "LDMPipeline", "LDMTextToImagePipeline", "ScoreSdeVePipeline"),
-}
 
 
 # What runs on a component
@@ -37,12 +31,11 @@ def tokenize(tokenizer: Any, inputs: Inputs) -> dict[str, Any]:
 
 def token_ids(encoder: Any, inputs: Inputs) -> Tensor:
     """Ids of texts of usual length, empty, and too long, as a CLIP tokenizer makes them: a start, words, an end."""
-    c, generator = encoder.config, inputs.generator()
-    end = c.vocab_size - 1  # the largest, by which CLIP finds it
+    c, end = encoder.config, encoder.config.vocab_size - 1  # the largest, by which CLIP finds it
     ids = torch.full((3, c.max_position_embeddings), end)
     ids[:, 0] = end - 1
-    for row, words in zip(ids, (8, 0, len(ids[0]) - 2), strict=True):
-        row[1 : words + 1] = torch.randint(end - 1, (words,), generator=generator)
+    for row, words in zip(ids, (8, 0, c.max_position_embeddings - 2), strict=True):
+        row[1 : words + 1] = torch.randint(end - 1, (words,), generator=inputs.generator())
     return ids.to(inputs.device)
 
 
@@ -58,10 +51,9 @@ def encode_text(encoder: Any, inputs: Inputs) -> dict[str, Any]:
 
 def predict(unet: Any, inputs: Inputs, timesteps: tuple[int, ...] = (981, 500, 1)) -> dict[str, Any]:
     """What the network says, early, midway and late."""
-    c, n = unet.config, len(timesteps)
-    sample = inputs.randn(n, c.in_channels, *_pair(c.sample_size or 64))
-    t = torch.tensor(timesteps, device=inputs.device)
-    return {"": list(unet(sample, t, **beside(c, inputs, n)).sample)}
+    c, t = unet.config, torch.tensor(timesteps, device=inputs.device)
+    sample = inputs.randn(len(t), c.in_channels, *_pair(c.sample_size or 64))
+    return {"": list(unet(sample, t, **beside(c, inputs, len(t))).sample)}
 
 
 def beside(c: Any, inputs: Inputs, n: int) -> dict[str, Any]:
@@ -111,7 +103,7 @@ def encode_and_decode(vae: Any, inputs: Inputs) -> dict[str, Any]:
     c = vae.config
     size = _pair(c.sample_size)
     encoded = vae.encode(inputs.randn(1, c.in_channels, *size).clamp(-1, 1))
-    if hasattr(encoded, "latents"):  # which a codebook's decoder then takes: random ones may be as far from two
+    if hasattr(encoded, "latents"):  # VQModel's
         result = {"encode": encoded.latents}
     else:
         dist = encoded.latent_dist
@@ -121,8 +113,12 @@ def encode_and_decode(vae: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def random_latents(vae: Any, inputs: Inputs) -> Tensor:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return inputs.randn(1, vae.config.latent_channels, *(n // factor for n in _pair(vae.config.sample_size)), seed=1)
+    size = (n // factor_of(vae) for n in _pair(vae.config.sample_size))
+    return inputs.randn(1, vae.config.latent_channels, *size, seed=1)
+
+
+def factor_of(vae: Any) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def read_pictures(processor: Any, inputs: Inputs) -> dict[str, Any]:
@@ -147,7 +143,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def call_arguments(pipe: Any, inputs: Inputs) -> dict[str, Any]:
     """Of all that pipelines take, what this one's call takes."""
-    factor = next((2 ** (len(vae.config.block_out_channels) - 1) for vae in parts_of(pipe, VAES).values()), 1)
+    factor = next(map(factor_of, parts_of(pipe, VAES).values()), 1)
     side = 32 if "Upscale" in type(pipe).__name__ else factor * _pair(pipe.unet.config.sample_size or 64)[0]
     mask = np.zeros((side, side), np.uint8)
     mask[side // 4 : side // 2] = 255
