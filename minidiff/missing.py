@@ -13,7 +13,7 @@ OTHERS = "it is another line of systems than Stable Diffusion 1, 2 and XL"
 REASONS = {
     "Flax Onnx OpenVINO": "minidiff is PyTorch alone",
     "Quant BitsAndBytes GGUF TorchAo": "weights are float32, float16 or bfloat16 here, not quantized",
-    "ControlNet T2IAdapter MultiAdapter": "it belongs to networks that steer a UNet",
+    "ControlNet T2IAdapter MultiAdapter": "of networks that steer a UNet minidiff has ControlNetModel",
     "IPAdapter ImageProjection FaceId": "it belongs to pictures as prompts",
     "Lora Peft TextualInversion LoaderMixin": "it belongs to adapters: wrap the layers of a network by hand",
     "AttnProcessor AttnAdded Attention": "attention is minidiff.models.unet.Attention here, without processors",

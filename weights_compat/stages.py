@@ -53,10 +53,10 @@ def predict(unet: Any, inputs: Inputs, timesteps: tuple[int, ...] = (981, 500, 1
     """What the network says, early, midway and late."""
     c, t = unet.config, torch.tensor(timesteps, device=inputs.device)
     sample = inputs.randn(len(t), c.in_channels, *_pair(c.sample_size or 64))
-    return {"": list(unet(sample, t, **beside(c, inputs, len(t))).sample)}
+    return {"": list(unet(sample, t, **conditions(c, inputs, len(t))).sample)}
 
 
-def beside(c: Any, inputs: Inputs, n: int) -> dict[str, Any]:
+def conditions(c: Any, inputs: Inputs, n: int) -> dict[str, Any]:
     """What a network of this config reads beside `n` samples, all of it random."""
     options: dict[str, Any] = {}
     if c.get("cross_attention_dim"):
@@ -68,6 +68,18 @@ def beside(c: Any, inputs: Inputs, n: int) -> dict[str, Any]:
         sizes = torch.tensor([1024, 768, 64, 32, 1024, 896], device=inputs.device).repeat(n, 1)
         options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
     return options
+
+
+def steer(net: Any, inputs: Inputs) -> dict[str, Any]:
+    """A ControlNet's residuals, in both of its modes."""
+    c, t = net.config, torch.tensor([981, 1], device=inputs.device)
+    sample, control = inputs.randn(2, c.in_channels, 24, 16), inputs.randn(2, c.conditioning_channels, 192, 128, seed=3)
+    result = {}
+    for label, guess_mode in (("residuals", False), ("guess mode", True)):
+        options = {"guess_mode": guess_mode, "conditioning_scale": 0.8, "return_dict": False}
+        down, mid = net(sample, t, controlnet_cond=control, **conditions(c, inputs, 2), **options)
+        result[label] = [*down, mid]
+    return result
 
 
 def plan(scheduler: Any, inputs: Inputs) -> dict[str, Any]:
@@ -151,7 +163,7 @@ def call_arguments(pipe: Any, inputs: Inputs) -> dict[str, Any]:
         "prompt": TEXTS[0],
         "negative_prompt": "blurry",
         "guidance_scale": 5.0,
-        "image": inputs.picture(side, side),
+        **dict.fromkeys(("image", "control_image"), inputs.picture(side, side)),
         "mask_image": Image.fromarray(mask),
         "strength": 0.8 if inputs.steps > 1 else 1.0,
         "num_inference_steps": inputs.steps,
@@ -213,6 +225,7 @@ STAGES = (
     (r"(CLIP|Bert)Tokenizer(Fast)?", "ids", tokenize),
     (r"CLIPTextModel(WithProjection)?|LDMBertModel", "states", encode_text),
     (r"UNet2D(Condition)?Model", "unet", predict),
+    (r"ControlNetModel", "unet", steer),
     (SCHEDULERS, "ids", plan),
     (SCHEDULERS, "scheduler", step_through),
     (r"AutoencoderKL|VQModel", "vae", encode_and_decode),
