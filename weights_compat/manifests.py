@@ -79,6 +79,21 @@ def narrow(manifest: Manifest) -> Manifest:
     return Manifest(manifest.repository, files, reference_tensors(files))
 
 
+def at_sample_size(manifest: Manifest, size: int) -> Manifest:
+    """The same weights, for samples of this height and width in the UNet, and for the VAE's pictures of them."""
+    files = dict(manifest.files)
+    for path, config in files.items():
+        if "block_out_channels" in config:
+            factor = 2 ** (len(config["block_out_channels"]) - 1) if "latent_channels" in config else 1
+            files[path] = at_size(config, size * factor)
+    return manifest._replace(files=files)
+
+
+def at_size(config: dict[str, Any], sample_size: int) -> dict[str, Any]:
+    """Without its version: before 0.9 a size below 64 would be taken for a mistake, and for 64."""
+    return {key: value for key, value in config.items() if key != "_diffusers_version"} | {"sample_size": sample_size}
+
+
 def steered(manifest: Manifest) -> Manifest:
     """The same with a ControlNet beside its UNet, and the pipeline that it steers."""
     import diffusers
@@ -95,21 +110,6 @@ def steered(manifest: Manifest) -> Manifest:
 
 def steered_name(pipeline: str) -> str:
     return re.sub("(Img2Img|Inpaint)?Pipeline$", r"ControlNet\1Pipeline", pipeline)
-
-
-def at_sample_size(manifest: Manifest, size: int) -> Manifest:
-    """The same weights, for samples of this height and width in the UNet, and for the VAE's pictures of them."""
-    files = dict(manifest.files)
-    for path, config in files.items():
-        if "block_out_channels" in config:
-            factor = 2 ** (len(config["block_out_channels"]) - 1) if "latent_channels" in config else 1
-            files[path] = at_size(config, size * factor)
-    return manifest._replace(files=files)
-
-
-def at_size(config: dict[str, Any], sample_size: int) -> dict[str, Any]:
-    """Without its version: before 0.9 a size below 64 would be taken for a mistake, and for 64."""
-    return {key: value for key, value in config.items() if key != "_diffusers_version"} | {"sample_size": sample_size}
 
 
 def narrow_config(config: dict[str, Any]) -> dict[str, Any]:

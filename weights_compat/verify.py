@@ -35,6 +35,8 @@ BOUNDS = {
     "float16": {"ids": 0, "scheduler": 5e-3, "states": 5e-3, "unet": 5e-3, "vae": 5e-3, "picture": 5e-2},
     "bfloat16": {"ids": 0, "scheduler": 4e-2, "states": 4e-2, "unet": 4e-2, "vae": 4e-2, "picture": 2e-1},
 }
+
+
 RANDOM = Path()  # --controlnet without a folder
 
 
