@@ -196,9 +196,9 @@ def test_previews_by_a_tiny_vae(draw, previews):
 
 
 def test_the_bundled_model_begins_with_a_picture(capsys):
-    """A red apple on blue becomes a cactus: on the same blue; and anew in a part, with the rest as it was."""
+    """A red apple on blue becomes a frog: on the same blue; and anew in a part, with the rest as it was."""
     assert main(["a large red apple in the middle on a blue background", "-o", "red.png"]) == 0  # 256 x 256
-    assert main(["a large cactus in the middle on a blue background", "--image", "red.png", "--strength", "0.7"]) == 0
+    assert main(["a large frog in the middle on a blue background", "--image", "red.png", "--strength", "0.7"]) == 0
     red, green = pixels("red.png"), pixels()
     assert green.shape == red.shape == (256, 256, 3)
     assert np.abs(green[4, 4] - red[4, 4]).max() < 40
@@ -207,7 +207,7 @@ def test_the_bundled_model_begins_with_a_picture(capsys):
     hole = np.zeros((64, 64), np.uint8)
     hole[:, 32:] = 255
     Image.fromarray(hole).save("right.png")
-    assert main(["a large cactus in the middle on a blue background", "--image", "red.png", "--mask", "right.png"]) == 0
+    assert main(["a large frog in the middle on a blue background", "--image", "red.png", "--mask", "right.png"]) == 0
     part = np.abs(pixels() - red).mean(axis=-1)
     assert part[:, :96].mean() < 12 < part[:, 160:].mean()
     assert capsys.readouterr().out.count("Drawn by the bundled tiny-emoji") == 3

@@ -36,12 +36,12 @@ def test_it_learns_and_the_reference_draws_the_same(tmp_path):
     latents, states = train_lora.lessons(ours)
     before, drawn_before = losses(ours, latents, states), train_lora.pictures(ours)
     weights = {name: tensor.clone() for name, tensor in ours.unet.state_dict().items()}
-    train_lora.teach(ours, steps=60)
+    train_lora.teach(ours, steps=100)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in ours.unet.state_dict().items())
     drawn = train_lora.pictures(ours)
-    assert losses(ours, latents, states) < 0.6 * before  # measured: 0.38
+    assert losses(ours, latents, states) < 0.6 * before  # measured: 0.50
     nearer = distance(drawn) / distance(drawn_before)
-    assert nearer.max() < 0.95 and nearer.mean() < 0.75  # measured: 0.80 and 0.63
+    assert nearer.max() < 0.95 and nearer.mean() < 0.75  # measured: 0.86 and 0.67
     ours.save_lora_weights(tmp_path, ours.unet)
     reference.load_lora_weights(tmp_path)
     options = {"num_inference_steps": 5, "output_type": "np"}
