@@ -515,7 +515,7 @@ def main() -> None:
         return
     data = Folder(options.pictures) if options.pictures else Emoji()
     runs = options.runs / (out.name if options.pictures else options.model)
-    steps = options.steps or ((1500, 300, 900) if options.pictures else (4500, 900, 8500))
+    steps = options.steps or ((800, 200, 800) if options.pictures else (4500, 900, 8500))
     batch = options.batch or (16, 16, 64)
     vae = train_vae(data, steps[0], batch[0], Path(f"{runs}-vae"))
     train_decoder(vae, data, steps[1], batch[1], Path(f"{runs}-decoder"))
