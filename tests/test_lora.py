@@ -61,6 +61,7 @@ def as_before():
             pipe.enable_lora()
             pipe.unfuse_lora()
             pipe.unload_lora_weights()
+        vars(reference).pop("_lora_scale", None)  # a call's, by which it would scale what the text encoder loads next
         new = tensors(ours)
         assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in old)
         assert not any(lora.adapted(model) for model in models(ours).values())
@@ -173,7 +174,7 @@ def test_adapters_mixed_off_fused_and_gone(sd):
     alone = compare(sd, base)
     load(sd, write(sd[0], "kohya", 8, 4, seed=1), adapter_name="two")
     compare(sd, alone)  # the last one loaded is active, and no other
-    for weights in ([0.5, -1.0], [2.0, None], 0.7, {"unet": 0.3}, [{"text_encoder": 0.0}, 1.0]):
+    for weights in ([0.5, -1.0], [2.0, None], 0.7, [{"unet": 0.3}, {"text_encoder": 0.0}]):
         for pipe in sd:
             pipe.set_adapters(["one", "two"], copy.deepcopy(weights))
         mixed = compare(sd, base)
