@@ -52,6 +52,13 @@ def xl(tmp_path_factory):
     return both("stable-diffusion-xl-base-1.0", tmp_path_factory.mktemp("xl") / "folder")
 
 
+@pytest.fixture
+def tiny(tiny_sd_folder):
+    pipe = minidiff.StableDiffusionPipeline.from_pretrained(tiny_sd_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture(autouse=True)
 def as_before():
     """Each test ends without adapters, and ours with the weights that it was loaded with, bit for bit."""
@@ -353,14 +360,14 @@ def test_no_two_layers_share_a_spelling(repository):
 # One pipeline, many callers
 
 
-def test_threads_have_their_own_scale(sd):
-    load(sd[:1], write(sd[0], "peft", 4))
-    alone = {scale: scaled(sd[0], scale) for scale in SCALES}
+def test_threads_have_their_own_scale(tiny):
+    load([tiny], write(tiny, "peft", 4))
+    alone = {scale: scaled(tiny, scale) for scale in SCALES}
     drawn, together = {}, threading.Barrier(len(SCALES))
 
     def work(scale):
         together.wait(timeout=60)
-        drawn[scale] = scaled(sd[0], scale)
+        drawn[scale] = scaled(tiny, scale)
 
     threads = [threading.Thread(target=work, args=(scale,)) for scale in SCALES]
     for thread in threads:
@@ -374,9 +381,9 @@ def scaled(pipe, scale, **options):
     return draw(pipe, prompt=PROMPT, num_inference_steps=2, cross_attention_kwargs={"scale": scale}, **options)[0]
 
 
-def test_a_run_inside_a_callback_has_its_own_scale(sd):
-    load(sd[:1], write(sd[0], "peft", 4))
-    whole, half = scaled(sd[0], 1.0), scaled(sd[0], 0.5)
+def test_a_run_inside_a_callback_has_its_own_scale(tiny):
+    load([tiny], write(tiny, "peft", 4))
+    whole, half = scaled(tiny, 1.0), scaled(tiny, 0.5)
     inside = []
 
     def callback(pipe, i, t, tensors):
@@ -386,7 +393,7 @@ def test_a_run_inside_a_callback_has_its_own_scale(sd):
         assert pipe.cross_attention_kwargs == {"scale": 0.5}
 
     options = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np", "generator": seeded()}
-    outer = sd[0](PROMPT, cross_attention_kwargs={"scale": 0.5}, callback_on_step_end=callback, **options).images
+    outer = tiny(PROMPT, cross_attention_kwargs={"scale": 0.5}, callback_on_step_end=callback, **options).images
     assert np.array_equal(outer, half) and np.array_equal(inside[0], whole)
 
 
@@ -397,13 +404,13 @@ def test_encode_prompt_takes_a_scale(sd):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
 
 
-def test_copies_are_apart(sd):
-    load(sd[:1], write(sd[0], "peft", 4))
-    base, twin = draw(sd[0], prompt=PROMPT), copy.deepcopy(sd[0])
+def test_copies_are_apart(tiny):
+    load([tiny], write(tiny, "peft", 4))
+    base, twin = draw(tiny, prompt=PROMPT), copy.deepcopy(tiny)
     assert np.array_equal(draw(twin, prompt=PROMPT)[0], base[0])
     twin.fuse_lora()
     twin.unload_lora_weights()
-    assert np.array_equal(draw(sd[0], prompt=PROMPT)[0], base[0])
+    assert np.array_equal(draw(tiny, prompt=PROMPT)[0], base[0])
 
 
 def test_other_pipelines_share_adapters(sd):
@@ -441,39 +448,39 @@ def test_pix2pix_scales_the_unet_alone(sd):
 
 @pytest.mark.parametrize("switch", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 @pytest.mark.parametrize("first", [True, False])
-def test_offloaded(sd, switch, first):
-    file = write(sd[0], "peft", 4)
-    load(sd[:1], file)
-    expected = draw(sd[0], prompt=PROMPT)[0]
+def test_offloaded(tiny, switch, first):
+    file = write(tiny, "peft", 4)
+    load([tiny], file)
+    expected = draw(tiny, prompt=PROMPT)[0]
     if not first:
-        sd[0].unload_lora_weights()
-    getattr(sd[0], switch)(device="cpu")
+        tiny.unload_lora_weights()
+    getattr(tiny, switch)(device="cpu")
     if not first:
-        load(sd[:1], file)
+        load([tiny], file)
     try:
-        assert np.array_equal(draw(sd[0], prompt=PROMPT)[0], expected)
+        assert np.array_equal(draw(tiny, prompt=PROMPT)[0], expected)
     finally:
-        sd[0].remove_all_hooks()
+        tiny.remove_all_hooks()
 
 
-def test_compiled_networks_see_every_change(sd):
-    base, file = draw(sd[0], prompt=PROMPT)[0], write(sd[0], "peft", 4)
-    pipe, counter = copy.copy(sd[0]), CompileCounter()
-    pipe.unet = torch.compile(sd[0].unet, backend=counter, fullgraph=True)
+def test_compiled_networks_see_every_change(tiny):
+    base, file = draw(tiny, prompt=PROMPT)[0], write(tiny, "peft", 4)
+    pipe, counter = copy.copy(tiny), CompileCounter()
+    pipe.unet = torch.compile(tiny.unet, backend=counter, fullgraph=True)
     assert np.array_equal(draw(pipe, prompt=PROMPT)[0], base)
     load([pipe], file)
     assert counter.frame_count == 1
     for change in ("", "set_adapters", "fuse_lora", "unfuse_lora", "disable_lora"):
         if change:
             getattr(pipe, change)(*(["default_0", 0.5] if change == "set_adapters" else []))
-        assert np.array_equal(draw(pipe, prompt=PROMPT)[0], draw(sd[0], prompt=PROMPT)[0]), change
+        assert np.array_equal(draw(pipe, prompt=PROMPT)[0], draw(tiny, prompt=PROMPT)[0]), change
     assert counter.frame_count > 1
     pipe.enable_lora()
-    assert np.array_equal(scaled(pipe, 0.25), scaled(sd[0], 0.25))
+    assert np.array_equal(scaled(pipe, 0.25), scaled(tiny, 0.25))
 
 
-def test_adapters_follow_their_layers(sd):
-    twin = copy.deepcopy(sd[0])
+def test_adapters_follow_their_layers(tiny):
+    twin = copy.deepcopy(tiny)
     twin.unet.to(torch.bfloat16)
     load([twin], write(twin, "peft", 4))
     assert {one.dtype for layer in lora.adapted(twin.unet) for one in layer.adapters.parameters()} == {torch.bfloat16}
