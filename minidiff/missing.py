@@ -13,7 +13,7 @@ OTHERS = "it is another line of systems than Stable Diffusion 1, 2 and XL"
 REASONS = {
     "Flax Onnx OpenVINO": "minidiff is PyTorch alone",
     "Quant BitsAndBytes GGUF TorchAo": "weights are float32, float16 or bfloat16 here, not quantized",
-    "ControlNet T2IAdapter MultiAdapter": "it belongs to networks that steer a UNet",
+    "ControlNet T2IAdapter MultiAdapter": "of networks that steer a UNet minidiff has ControlNetModel",
     "IPAdapter ImageProjection FaceId": "it belongs to pictures as prompts",
     "Lora Peft TextualInversion LoaderMixin": "pipelines of Stable Diffusion load adapters, minidiff.lora trains them",
     "AttnProcessor AttnAdded Attention": "attention is minidiff.models.unet.Attention here, without processors",
@@ -26,7 +26,6 @@ REASONS = {
 # Methods and attributes of its pipelines and models: what to do instead
 MISSING = {
     "enable_freeu": "minidiff has no FreeU; the UNet's up blocks, where it scales the skips, are in models/unet.py",
-    "from_single_file": "minidiff reads folders: from_pretrained",
     "fuse_qkv_projections": "nothing needs it: leave it out",
     "load_ip_adapter": "minidiff has no IP-Adapter",
     "enable_lora_hotswap": "delete_adapters, then load_lora_weights",

@@ -35,7 +35,9 @@ TABLES = RULES, UNET, VAE, CLIP = tuple(f"weights_compat/{name}.py" for name in 
 
 # The test files that have to notice, by what is mutated
 TESTS = {
-    **dict.fromkeys(OLDEST, ("tests/test_properties_schedulers.py", "tests/test_other_samplers.py")),
+    **dict.fromkeys(
+        OLDEST, tuple(f"tests/test_{name}.py" for name in ("properties_schedulers", "other_samplers", "schedulers"))
+    ),
     **dict.fromkeys(VE, ("tests/test_sigma_samplers.py",)),
     **dict.fromkeys(SOLVERS, ("tests/test_solvers.py",)),
     **dict.fromkeys(OTHERS, ("tests/test_other_samplers.py",)),

@@ -199,7 +199,7 @@ def test_a_picture_is_written_whole_or_not_at_all(draw, tmp_path, capsys, monkey
 
 
 def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch):
-    def overflow(self, prompt, **kwargs):
+    def overflow(self, prompt, num_inference_steps=50, guidance_scale=7.5, generator=None):
         raise FloatingPointError("the sample isn't finite after step 1")
 
     monkeypatch.setattr(minidiff.StableDiffusionPipeline, "__call__", overflow)

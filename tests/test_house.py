@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "weights_compat.verify": 5,
     "weights_compat.bench": 5,
+    "weights_compat.sides": 5,
+    "weights_compat.stages": 5,
     "weights_compat.manifests": 5,
     "weights_compat.random_folder": 5,
     "weights_compat": 0,

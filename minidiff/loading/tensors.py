@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weights_compat.standard import stranger
+
 from .config import LoadError, check_readable
 
 
@@ -58,11 +60,14 @@ def read_pickle(file: Path) -> Any:
 
 def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
     tensors = read_pickle(file)
+    for _ in range(2):  # what training libraries wrap around the weights
+        tensors = tensors["state_dict"] if isinstance(tensors, dict) and "state_dict" in tensors else tensors
     if not isinstance(tensors, dict):
         raise LoadError(f"{file}: must hold a dictionary of tensors, not {type(tensors).__name__}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor")
+            looks = f"; looks like {what}" if (what := stranger(map(str, tensors))) else ""
+            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor{looks}")
         yield name, tensor
 
 
@@ -83,11 +88,11 @@ def to_ours(change: str, tensor: Tensor) -> Tensor:
         case ["same"]:
             return tensor
         case ["transpose"]:
-            return tensor.t()
+            return tensor.transpose(0, -1)
         case ["convolution"]:  # (out, in, 1, 1) -> (out, in). Biases, and files that have (out, in), are the same
             return tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
         case ["third", number]:  # (3 * out, in) -> (out, in)
-            return tensor.tensor_split(3)[int(number)]
+            return tensor.tensor_split(3)[int(number)] if tensor.ndim else tensor
     raise ValueError(f"change={change!r} is not known")
 
 

@@ -86,7 +86,7 @@ def embedding(rows: int, dim: int) -> nn.Embedding:
 class CLIPTextModel(Model):
     Config = CLIPTextConfig
     library, table, weights = "transformers", CLIP_TEXT, "model"
-    model_type = "clip_text_model"
+    model_type, part = "clip_text_model", "text_encoder"
 
     def build(self, c: CLIPTextConfig) -> None:
         self.token_embedding = embedding(c.vocab_size, c.hidden_size)
@@ -168,6 +168,8 @@ class CLIPTextModel(Model):
 
 class CLIPTextModelWithProjection(CLIPTextModel):
     """The text encoder and the linear map into the space that texts and pictures share. XL's second text encoder."""
+
+    part = "text_encoder_2"
 
     def build(self, c: CLIPTextConfig) -> None:
         super().build(c)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import lora
 from ..checks import as_integer, check_number
-from ..image_processor import VaeImageProcessor
+from ..image_processor import PipelineImageInput, VaeImageProcessor
 from ..images import check_finite_pictures, check_output_type, to_pil
 from ..loading.config import Config
 from ..models import (
@@ -33,9 +33,9 @@ from ..schedulers.base import Sampler
 from .adapters import LoraSwitches
 from .base import DiffusionPipeline
 from .denoise import Tensors
-from .latents import PLAIN, LatentsAs, decode_latents
+from .latents import PLAIN, LatentsAs, check_pictures, decode_latents
 from .memory import device_of
-from .prompt import encode_prompt, guidance_waves
+from .prompt import encode_prompt, guidance_waves, read_text
 from .textual_inversion import TextualInversion
 
 BESIDE = {  # channels beside the latents in a UNet's input: what they are, and whose they are
@@ -174,6 +174,14 @@ class StableDiffusion(LoraSwitches, TextualInversion, DiffusionPipeline):
         joined = torch.cat([negative_states, states]) if guided else states  # (2B or B, L, C)
         tensors = {"prompt_embeds": joined, "negative_prompt_embeds": negative_states}
         return tensors | self.scale_tensors(len(states)), len(states)
+
+    def told(self, tensors: Tensors, x: Tensor, t: Tensor) -> dict[str, Any]:
+        """What the UNet is told at a step."""
+        return read_text(tensors, x, t)
+
+    def read_pictures(self, image: PipelineImageInput) -> Tensor:
+        """What a call begins with, as pictures (n, C, H, W) in [-1, 1]; or as latents, if it is a tensor of them."""
+        return check_pictures("image", image, self.image_processor.preprocess(image), self.vae)
 
     def scale_tensors(self, B: int) -> Tensors:
         """The guidance scale for a UNet that was distilled to read it, (B, time_cond_proj_dim)."""

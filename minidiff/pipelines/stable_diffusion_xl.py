@@ -193,6 +193,9 @@ class StableDiffusionXL(StableDiffusion):
             tensors = {"prompt_embeds": states, "add_text_embeds": pooled}
         return tensors | self.scale_tensors(len(states)), len(states)
 
+    def told(self, tensors: Tensors, x: Tensor, t: Tensor) -> dict[str, Any]:
+        return read_text_and_sizes(tensors, x, t)
+
     def time_ids(self, B: int, numbers: tuple[float, ...], negative: tuple[float, ...]) -> Tensor:
         """The micro-conditioning (SDXL, 2.2): (B, 6) or (B, 5); with guidance first the negatives', (2B, ...)."""
         c = self.unet.config

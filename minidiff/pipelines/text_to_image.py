@@ -13,7 +13,6 @@ from ..noise import Generators
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan
 from .latents import first_latents
-from .prompt import read_text
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, check_call
 
 
@@ -90,5 +89,5 @@ class StableDiffusionPipeline(StableDiffusion):
             shape = (B, run.unet.config.in_channels, height // factor, width // factor)
             device, dtype, sigma = run._execution_device, run.unet.dtype, run.scheduler.init_noise_sigma
             tensors["latents"] = first_latents(shape, generator, latents, device, dtype, sigma)
-            latents = denoise(run, tensors, timesteps, told=read_text, callback=on_step, eta=eta, generator=generator)
+            latents = denoise(run, tensors, timesteps, told=run.told, callback=on_step, eta=eta, generator=generator)
             return run.finish(latents, output_type, return_dict)

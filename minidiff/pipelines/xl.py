@@ -12,7 +12,7 @@ from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan, share, stop_at
 from .latents import first_latents
 from .stable_diffusion import check_call
-from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, as_pair, read_text_and_sizes
+from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, as_pair
 
 
 class StableDiffusionXLPipeline(StableDiffusionXL):
@@ -112,5 +112,5 @@ class StableDiffusionXLPipeline(StableDiffusionXL):
             shape = (B, run.unet.config.in_channels, height // factor, width // factor)
             sigma = run.scheduler.init_noise_sigma
             tensors["latents"] = first_latents(shape, generator, latents, device, dtype, sigma)
-            options = {"told": read_text_and_sizes, "callback": on_step, "eta": eta, "generator": generator}
+            options = {"told": run.told, "callback": on_step, "eta": eta, "generator": generator}
             return run.finish(denoise(run, tensors, timesteps, **options), output_type, return_dict)

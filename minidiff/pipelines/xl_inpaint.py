@@ -13,7 +13,7 @@ from .denoise import Callback, plan
 from .inpaint import Inpainting
 from .latents import LatentsAs
 from .stable_diffusion import check_call
-from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, read_text_and_sizes
+from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput
 from .xl_image_to_image import StableDiffusionXLOnPictures
 
 
@@ -111,7 +111,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLOnPictures, Inpainting):
             )
             start = "noise" if strength == 1 or latents is not None else "noised picture"
             start = start if denoising_start is None else "picture"
-            options = {"told": read_text_and_sizes, "callback": on_step, "eta": eta, "generator": generator}
+            options = {"told": run.told, "callback": on_step, "eta": eta, "generator": generator}
             latents = run.draw_part(tensors, timesteps, pictures, B, start, latents, generator, options)
             result = run.finish(latents, output_type, return_dict)
         return self.put_back(result, image, mask_image, crop)
