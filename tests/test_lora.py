@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 import minidiff
 from minidiff import LoadError, lora
 from weights_compat import TABLES
-from weights_compat.lora import original, spellings, split
+from weights_compat.lora import originals, spellings, split
 from weights_compat.manifests import read_manifest
 
 SCALES = (0.0, 0.5, 1.0, -1.0)
@@ -121,10 +121,17 @@ def processor_names(component, hub):
 
 def kohya_names(component, hub, xl=False):
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
-    name = hub.replace(".", "_")
-    name = max(original(name, 2)) if xl and component == "unet" else name  # max: after an attention comes place 2
-    layer = f"{prefix[component]}_{name}"
+    name = original(hub) if xl and component == "unet" else hub  # XL's UNet was trained under its authors' names
+    layer = f"{prefix[component]}_{name.replace('.', '_')}"
     return f"{layer}.lora_down.weight", f"{layer}.lora_up.weight", f"{layer}.alpha"
+
+
+ORIGINAL = originals(read_manifest("stable-diffusion-xl-base-1.0").config("unet"))
+
+
+def original(hub):
+    ours = TABLES["UNet2DConditionModel"].ours(f"{hub}.weight")
+    return ORIGINAL.hub(ours).removesuffix(".weight")
 
 
 SPELLINGS = {
@@ -345,16 +352,16 @@ TABLES_OURS = {
 def test_no_two_layers_share_a_spelling(repository):
     manifest = read_manifest(repository)
     for component in ("unet", "text_encoder", "text_encoder_2"):
-        layers = manifest.config(component).get("layers_per_block") if component in manifest.index else None
-        hubs = [
-            name.removesuffix(".weight") for name in manifest.tensors.get(component, ()) if name.endswith(".weight")
-        ]
+        table = originals(manifest.config(component)) if component in manifest.index else None
         owners = {}
-        for hub in hubs:
-            for spelling in spellings(hub, layers):
+        for hub in (name.removesuffix(".weight") for name in manifest.tensors.get(component, ()) if "weight" in name):
+            ours = TABLES[manifest.index[component][1]].ours(f"{hub}.weight")
+            there = table and table.hub(ours).removesuffix(".weight")
+            assert table is None or there
+            for spelling in spellings(hub, there):
                 assert owners.setdefault(spelling, hub) == hub
             for names in (peft_names, diffusers_names, kohya_names):
-                assert {split(key)[1] for key in names(component, hub) if key} <= spellings(hub, layers)
+                assert {split(key)[1] for key in names(component, hub) if key} <= spellings(hub)
 
 
 # One pipeline, many callers

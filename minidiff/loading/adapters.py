@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weights_compat.lora import OTHERS, spellings, split
+from weights_compat.lora import OTHERS, originals, spellings, split
 
 from ..lora import LowRank, layers
 from .config import LoadError
@@ -73,9 +73,10 @@ def match_lora(
     `where`, for a tensor without a place: all of them are listed."""
     homes, found, unknown = {}, {}, []
     for component, model in models.items():
-        count = model.config.get("layers_per_block")
-        for _, hub, layer in layers(model):
-            for spelling in spellings(hub, count if isinstance(count, int) else None):
+        table = originals(model.config)
+        for ours, hub, layer in layers(model):
+            original = table and table.hub(f"{ours}.weight")
+            for spelling in spellings(hub, original and original.removesuffix(".weight")):
                 homes[component, spelling] = (component, hub, layer)
     for key, tensor in tensors.items():
         if other := next((kind for word, kind in OTHERS.items() if word in str(key)), None):
