@@ -472,20 +472,36 @@ def test_offloaded(tiny, switch, first):
         tiny.remove_all_hooks()
 
 
-def test_compiled_networks_see_every_change(tiny):
-    base, file = draw(tiny, prompt=PROMPT)[0], write(tiny, "peft", 4)
-    pipe, counter = copy.copy(tiny), CompileCounter()
-    pipe.unet = torch.compile(tiny.unet, backend=counter, fullgraph=True)
-    assert np.array_equal(draw(pipe, prompt=PROMPT)[0], base)
-    load([pipe], file)
-    assert counter.frame_count == 1
-    for change in ("", "set_adapters", "fuse_lora", "disable_lora"):
-        if change:
-            getattr(pipe, change)(*(["default_0", 0.5] if change == "set_adapters" else []))
-        assert np.array_equal(draw(pipe, prompt=PROMPT)[0], draw(tiny, prompt=PROMPT)[0]), change
-    assert counter.frame_count > 1
-    pipe.enable_lora()
-    assert np.array_equal(scaled(pipe, 0.25), scaled(tiny, 0.25))
+def test_compiled_networks_see_every_change():
+    unet = minidiff.UNet2DConditionModel(
+        **{"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "mid_block_type": None},
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        **{"cross_attention_dim": 8, "attention_head_dim": 2},
+    ).eval()
+    counter, generator = CompileCounter(), seeded()
+    compiled = torch.compile(unet, backend=counter, fullgraph=True)
+    noise, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 3, 8, generator=generator)
+
+    @torch.no_grad()
+    def seen():
+        both = [network(noise, torch.tensor(5.0), states).sample for network in (unet, compiled)]
+        assert torch.equal(*both)
+        return both[0]
+
+    base = seen()
+    for parameter in lora.add(unet, targets=("q", "conv1")):
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    loose = seen()
+    assert counter.frame_count == 2 and not torch.allclose(loose, base)
+    with lora.scaled(0.5):
+        assert not torch.allclose(seen(), loose)
+    lora.fuse(unet, 0.25)
+    assert not torch.allclose(seen(), loose)
+    lora.unfuse(unet)
+    assert torch.equal(seen(), loose)
+    lora.remove(unet, "default")
+    assert torch.equal(seen(), base)
 
 
 def test_adapters_follow_their_layers(tiny):
