@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import minidiff
-from weights_compat import verify
+from weights_compat import stages, verify
 from weights_compat.manifests import narrow, read_manifest
 from weights_compat.random_folder import make_random_folder
+from weights_compat.sides import Inputs, Side
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,14 @@ def test_samples_of_another_size(run, tmp_path):
     assert code == 0, out
     sizes = [json.loads((tmp_path / "kept" / name / "config.json").read_text()) for name in ("unet", "vae")]
     assert [config["sample_size"] for config in sizes] == [8, 64]
+
+
+def test_texts_are_read_and_forgotten_before_the_network_is_asked(folder):
+    """At full size memory then holds the larger of the two."""
+    side = Side(False, folder, json.loads((folder / "model_index.json").read_text()), "cpu", torch.float32)
+    pipe = side.pipeline()
+    stages.draw(pipe, Inputs("cpu", torch.float32, steps=1, seed=0))
+    assert (pipe.text_encoder.device.type, pipe.unet.device.type) == ("meta", "cpu")
 
 
 def test_what_has_no_stage_is_said(tmp_path, run):

@@ -12,6 +12,7 @@ tuned from it; XL's inpainting is XL with a UNet of 9 channels.
 """
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -91,6 +92,24 @@ def at_sample_size(manifest: Manifest, size: int) -> Manifest:
 def at_size(config: dict[str, Any], sample_size: int) -> dict[str, Any]:
     """Without its version: before 0.9 a size below 64 would be taken for a mistake, and for 64."""
     return {key: value for key, value in config.items() if key != "_diffusers_version"} | {"sample_size": sample_size}
+
+
+def steered(manifest: Manifest) -> Manifest:
+    """The same with a ControlNet beside its UNet, and the pipeline that it steers."""
+    import diffusers
+
+    known = inspect.signature(diffusers.ControlNetModel).parameters
+    config = {key: value for key, value in manifest.config("unet").items() if key in known}
+    config |= {"_class_name": "ControlNetModel", "in_channels": manifest.config("vae")["latent_channels"]}
+    name = steered_name(manifest.index["_class_name"])
+    index = manifest.index | {"_class_name": name, "controlnet": ["diffusers", "ControlNetModel"]}
+    files = manifest.files | {"model_index.json": index, "controlnet/config.json": config}
+    tensors = manifest.tensors | {"controlnet": _tensors(*index["controlnet"], config)}
+    return Manifest(manifest.repository, files, tensors)
+
+
+def steered_name(pipeline: str) -> str:
+    return re.sub("(Img2Img|Inpaint)?Pipeline$", r"ControlNet\1Pipeline", pipeline)
 
 
 def narrow_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,32 @@ from torch import Tensor
 
 from .manifests import reference_class
 
+# What the reference calls things, and what it can't do
 PICTURE_READERS = dict.fromkeys(("CLIPFeatureExtractor", "CLIPImageProcessor"), "CLIPImageProcessorPil")
+SAME_PARTS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # a folder of one is one of the others too
+# PRK steps turn float16 into float32, which the network then refuses; NumPy has no bfloat16 for the picture
+REFERENCE_FAILS = {
+    torch.float16: ("PNDMPipeline",),
+    torch.bfloat16: (*SAME_PARTS, "LDMPipeline", "LDMTextToImagePipeline", "ScoreSdeVePipeline"),
+}
+
+TEXTS = [
+    "a photograph of an astronaut riding a horse",
+    "",
+    "  two  spaces,\ttabs\nand\r\nlines \u00a0\u3000 ",
+    "Crème brûlée à la São Tomé; e\u0301 a\u030a \ufb01 ß İ ŉ",
+    "it's we're I'll they've don't I'M you'D o'clock ''s",
+    "in 1984: 3,141.59 \u00d7 10⁻³ ½ Ⅷ ٣٤",
+    "一只猫坐在垫子上。東京タワー 서울 กรุงเทพ हिन्दी עברית العربية",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 ❤️ 🇨🇭 ☃",
+    "\x00\x01\x07control\x1b[0m \u200b\u200d\u202e\ufeff\x7f\x85",
+    "<|startoftext|>inside<|endoftext|> and <|ENDOFTEXT|> and !!! !",
+    "antidisestablishmentarianism-pneumonoultramicroscopicsilicovolcanoconiosis",
+    "(masterpiece:1.3), [blurry], {a|b}, <lora:x:0.7>, https://example.org/?q=1&r=2#top",
+    "\U0001d54b\U0001d559\U0001d556 ꙮ \U00010348 \ue000 \ufffd",
+    "a" * 400,
+    "a red apple, " * 250,
+]
 
 
 class Inputs(NamedTuple):

@@ -15,34 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .sides import Inputs, Side, our_class
-
-TEXTS = [
-    "a photograph of an astronaut riding a horse",
-    "",
-    "  two  spaces,\ttabs\nand\r\nlines \u00a0\u3000 ",
-    "Crème brûlée à la São Tomé; e\u0301 a\u030a \ufb01 ß İ ŉ",
-    "it's we're I'll they've don't I'M you'D o'clock ''s",
-    "in 1984: 3,141.59 \u00d7 10⁻³ ½ Ⅷ ٣٤",
-    "一只猫坐在垫子上。東京タワー 서울 กรุงเทพ हिन्दी עברית العربية",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 ❤️ 🇨🇭 ☃",
-    "\x00\x01\x07control\x1b[0m \u200b\u200d\u202e\ufeff\x7f\x85",
-    "<|startoftext|>inside<|endoftext|> and <|ENDOFTEXT|> and !!! !",
-    "antidisestablishmentarianism-pneumonoultramicroscopicsilicovolcanoconiosis",
-    "(masterpiece:1.3), [blurry], {a|b}, <lora:x:0.7>, https://example.org/?q=1&r=2#top",
-    "\U0001d54b\U0001d559\U0001d556 ꙮ \U00010348 \ue000 \ufffd",
-    "a" * 400,
-    "a red apple, " * 250,
-]
+from .sides import REFERENCE_FAILS, SAME_PARTS, TEXTS, Inputs, Side, our_class
 
 WIDTH = 52  # of the names in what is printed
 VAES, TEXT_ENCODERS = ("vae", "vqvae"), ("text_encoder", "text_encoder_2", "bert")
-SAME_PARTS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # a folder of one is one of the others too
-# PRK steps turn float16 into float32, which the network then refuses; NumPy has no bfloat16 for the picture
-REFERENCE_FAILS = {
-    torch.float16: ("PNDMPipeline",),
-    torch.bfloat16: (*SAME_PARTS, "LDMPipeline", "LDMTextToImagePipeline", "ScoreSdeVePipeline"),
-}
 
 
 # What runs on a component
@@ -55,12 +31,11 @@ def tokenize(tokenizer: Any, inputs: Inputs) -> dict[str, Any]:
 
 def token_ids(encoder: Any, inputs: Inputs) -> Tensor:
     """Ids of texts of usual length, empty, and too long, as a CLIP tokenizer makes them: a start, words, an end."""
-    c, generator = encoder.config, inputs.generator()
-    end = c.vocab_size - 1  # the largest, by which CLIP finds it
+    c, end = encoder.config, encoder.config.vocab_size - 1  # the largest, by which CLIP finds it
     ids = torch.full((3, c.max_position_embeddings), end)
     ids[:, 0] = end - 1
-    for row, words in zip(ids, (8, 0, len(ids[0]) - 2), strict=True):
-        row[1 : words + 1] = torch.randint(end - 1, (words,), generator=generator)
+    for row, words in zip(ids, (8, 0, c.max_position_embeddings - 2), strict=True):
+        row[1 : words + 1] = torch.randint(end - 1, (words,), generator=inputs.generator())
     return ids.to(inputs.device)
 
 
@@ -75,9 +50,14 @@ def encode_text(encoder: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def predict(unet: Any, inputs: Inputs, timesteps: tuple[int, ...] = (981, 500, 1)) -> dict[str, Any]:
-    """What the network says, early, midway and late; all that its config makes it ask for is random."""
-    c, n = unet.config, len(timesteps)
-    sample = inputs.randn(n, c.in_channels, *_pair(c.sample_size or 64))
+    """What the network says, early, midway and late."""
+    c, t = unet.config, torch.tensor(timesteps, device=inputs.device)
+    sample = inputs.randn(len(t), c.in_channels, *_pair(c.sample_size or 64))
+    return {"": list(unet(sample, t, **conditions(c, inputs, len(t))).sample)}
+
+
+def conditions(c: Any, inputs: Inputs, n: int) -> dict[str, Any]:
+    """What a network of this config reads beside `n` samples, all of it random."""
     options: dict[str, Any] = {}
     if c.get("cross_attention_dim"):
         options["encoder_hidden_states"] = inputs.randn(n, 77, c.cross_attention_dim, seed=2)
@@ -87,7 +67,19 @@ def predict(unet: Any, inputs: Inputs, timesteps: tuple[int, ...] = (981, 500, 1
         pooled = inputs.randn(n, c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim, seed=1)
         sizes = torch.tensor([1024, 768, 64, 32, 1024, 896], device=inputs.device).repeat(n, 1)
         options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
-    return {"": list(unet(sample, torch.tensor(timesteps, device=inputs.device), **options).sample)}
+    return options
+
+
+def steer(net: Any, inputs: Inputs) -> dict[str, Any]:
+    """A ControlNet's residuals, in both of its modes."""
+    c, t = net.config, torch.tensor([981, 1], device=inputs.device)
+    sample, control = inputs.randn(2, c.in_channels, 24, 16), inputs.randn(2, c.conditioning_channels, 192, 128, seed=3)
+    result = {}
+    for label, guess_mode in (("residuals", False), ("guess mode", True)):
+        options = {"guess_mode": guess_mode, "conditioning_scale": 0.8, "return_dict": False}
+        down, mid = net(sample, t, controlnet_cond=control, **conditions(c, inputs, 2), **options)
+        result[label] = [*down, mid]
+    return result
 
 
 def plan(scheduler: Any, inputs: Inputs) -> dict[str, Any]:
@@ -123,7 +115,7 @@ def encode_and_decode(vae: Any, inputs: Inputs) -> dict[str, Any]:
     c = vae.config
     size = _pair(c.sample_size)
     encoded = vae.encode(inputs.randn(1, c.in_channels, *size).clamp(-1, 1))
-    if hasattr(encoded, "latents"):  # which a codebook's decoder then takes: random ones may be as far from two
+    if hasattr(encoded, "latents"):  # VQModel's
         result = {"encode": encoded.latents}
     else:
         dist = encoded.latent_dist
@@ -133,8 +125,12 @@ def encode_and_decode(vae: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def random_latents(vae: Any, inputs: Inputs) -> Tensor:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return inputs.randn(1, vae.config.latent_channels, *(n // factor for n in _pair(vae.config.sample_size)), seed=1)
+    size = (n // factor_of(vae) for n in _pair(vae.config.sample_size))
+    return inputs.randn(1, vae.config.latent_channels, *size, seed=1)
+
+
+def factor_of(vae: Any) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def read_pictures(processor: Any, inputs: Inputs) -> dict[str, Any]:
@@ -159,7 +155,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def call_arguments(pipe: Any, inputs: Inputs) -> dict[str, Any]:
     """Of all that pipelines take, what this one's call takes."""
-    factor = next((2 ** (len(vae.config.block_out_channels) - 1) for vae in parts_of(pipe, VAES).values()), 1)
+    factor = next(map(factor_of, parts_of(pipe, VAES).values()), 1)
     side = 32 if "Upscale" in type(pipe).__name__ else factor * _pair(pipe.unet.config.sample_size or 64)[0]
     mask = np.zeros((side, side), np.uint8)
     mask[side // 4 : side // 2] = 255
@@ -167,7 +163,7 @@ def call_arguments(pipe: Any, inputs: Inputs) -> dict[str, Any]:
         "prompt": TEXTS[0],
         "negative_prompt": "blurry",
         "guidance_scale": 5.0,
-        "image": inputs.picture(side, side),
+        **dict.fromkeys(("image", "control_image"), inputs.picture(side, side)),
         "mask_image": Image.fromarray(mask),
         "strength": 0.8 if inputs.steps > 1 else 1.0,
         "num_inference_steps": inputs.steps,
@@ -223,13 +219,15 @@ class Stage(NamedTuple):
     run: Callable[[Any], dict[str, Any]]
 
 
+SCHEDULERS = r"(?!KarrasVe|RePaint).*Scheduler"  # those two step from more than a prediction
 # A component's class, the kind of its numbers, and what runs on it; in the order of the data's way through a pipeline
 STAGES = (
     (r"(CLIP|Bert)Tokenizer(Fast)?", "ids", tokenize),
     (r"CLIPTextModel(WithProjection)?|LDMBertModel", "states", encode_text),
     (r"UNet2D(Condition)?Model", "unet", predict),
-    (r".*Scheduler", "ids", plan),
-    (r".*Scheduler", "scheduler", step_through),
+    (r"ControlNetModel", "unet", steer),
+    (SCHEDULERS, "ids", plan),
+    (SCHEDULERS, "scheduler", step_through),
     (r"AutoencoderKL|VQModel", "vae", encode_and_decode),
     (r"CLIP(FeatureExtractor|ImageProcessor(Pil)?)", "states", read_pictures),
     (r"StableDiffusionSafetyChecker", "states", look),

@@ -7,6 +7,7 @@ at a time, of one side.
 import argparse
 import gc
 import importlib
+import json
 import sys
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .manifests import at_sample_size, narrow, read_manifest
+from .manifests import at_sample_size, narrow, read_manifest, steered, steered_name
 from .random_folder import make_random_folder
 from .sides import Inputs, Side
 from .stages import WIDTH, make_stages
@@ -34,6 +35,9 @@ BOUNDS = {
     "float16": {"ids": 0, "scheduler": 5e-3, "states": 5e-3, "unet": 5e-3, "vae": 5e-3, "picture": 5e-2},
     "bfloat16": {"ids": 0, "scheduler": 4e-2, "states": 4e-2, "unet": 4e-2, "vae": 4e-2, "picture": 2e-1},
 }
+
+
+RANDOM = Path()  # --controlnet without a folder
 
 
 class Result(NamedTuple):
@@ -144,6 +148,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--single-file", action="store_true", help="the folder's networks in one file too, there and back"
     )
+    net = "with a ControlNet beside the UNet: a net's folder, or none with --random: random weights too"
+    parser.add_argument("--controlnet", metavar="DIR", type=Path, nargs="?", const=RANDOM, help=net)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="of weights and inputs (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of denoising (%(default)s)")
@@ -151,6 +157,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.random and (args.small or args.full or args.sample or args.keep):
         parser.error("--small, --full, --sample and --keep go with --random")
+    if args.controlnet is RANDOM and not args.random:
+        parser.error("argument --controlnet: needs a net's folder, without --random")
     if args.keep and args.keep.exists():
         parser.error(f"argument --keep: {args.keep} exists")
     for name in ("steps", "sample"):
@@ -176,6 +184,18 @@ def find_folder(name: str) -> Path:
     return fetch(name, lambda names: wanted_by_pipeline(names, Files(), {}), "model_index.json")
 
 
+def beside(folder: Path, net: Path, place: Path) -> Path:
+    """Makes `place` a folder of both: links to what is in `folder`, with `net` as its ControlNet."""
+    for file in folder.resolve().iterdir():
+        (place / file.name).symlink_to(file)
+    (place / "controlnet").symlink_to(net)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index |= {"_class_name": steered_name(index["_class_name"]), "controlnet": ["diffusers", "ControlNetModel"]}
+    (place / "model_index.json").unlink()
+    (place / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return place
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     import minidiff
@@ -197,9 +217,12 @@ def main(arguments: list[str] | None = None) -> int:
                 made = f"{args.manifest.repository}, {size}, random weights, seed {args.seed}"
                 manifest = args.manifest if args.full else narrow(args.manifest)
                 manifest = at_sample_size(manifest, args.sample) if args.sample else manifest
-                make_random_folder(manifest, folder, args.seed)
+                make_random_folder(steered(manifest) if args.controlnet is RANDOM else manifest, folder, args.seed)
             else:
                 folder, made = find_folder(args.name), args.name
+            if args.controlnet not in (None, RANDOM):
+                place = stack.enter_context(tempfile.TemporaryDirectory(prefix="minidiff-"))
+                folder, made = beside(folder, args.controlnet.resolve(), Path(place)), f"{made}, with {args.controlnet}"
             index = read_json(folder / "model_index.json")
         except OSError as error:
             args.error(str(error))

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from weights_compat.rules import Table
 
 from ..checks import check_tensors
+from ..lora import adapted
 from .component import Configured
 from .config import Config, LoadError, read_json, write_json
 from .switches import Switches
@@ -64,6 +65,11 @@ class Model(Configured, Switches, nn.Module, abstract=True):
         return self.eval()
 
     def write_to(self, folder: Path, files: Files) -> None:
+        if loose := list(dict.fromkeys(name for one in adapted(self) if not one.fused for name in one.adapters)):
+            raise ValueError(
+                f"this {type(self).__name__} has LoRA ({', '.join(loose)}) beside its weights, which no folder holds:"
+                " save_lora_weights, then unload_lora_weights; or fuse_lora, which makes it part of the weights"
+            )
         tensors = self.checked_tensors()
         write_json(folder / "config.json", self.file_config())
         write_weights(tensors, self.weights, folder, files, self.table)
