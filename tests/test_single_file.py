@@ -349,7 +349,6 @@ STRANGERS = {
     "a video model": f"{UNET}input_blocks.1.0.time_stack.in_layers.0.weight",
     "a video model, or": "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight",
     "one part of a folder: from_pretrained": "down_blocks.0.resnets.0.norm1.weight",
-    "Playground 2.5": "edm_mean",
     "one part of a folder": "text_model.embeddings.position_embedding.weight",
 }
 
@@ -381,7 +380,10 @@ def test_an_embedding_of_2022_and_a_network_of_another_kind(sd, tmp_path):
         minidiff.UNet2DConditionModel.from_single_file(control, config=sd.folder)
 
 
-def test_another_systems_pipeline_and_config(sd):
+def test_another_systems_pipeline_and_config(sd, tmp_path):
+    save_file({"edm_mean": torch.ones(4)}, tmp_path / "playground.safetensors")  # beside networks of XL's shapes
+    with pytest.raises(LoadError, match=r"looks like Playground 2\.5: give config="):
+        minidiff.StableDiffusionXLPipeline.from_single_file(tmp_path / "playground.safetensors")
     with pytest.raises(LoadError, match="goes with StableDiffusionPipeline, not with StableDiffusionXLPipeline"):
         minidiff.StableDiffusionXLPipeline.from_single_file(sd.file, config=sd.folder)
     with pytest.raises(LoadError, match="is none of the standard models: give config="):
