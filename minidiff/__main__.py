@@ -51,7 +51,9 @@ class Parser(argparse.ArgumentParser):
 def flags() -> Parser:
     parser = Parser(prog="python -m minidiff", description="Draw what a prompt says.")
     parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
-    parser.add_argument("--model", help=f"a folder or a Hub id (default: {BUNDLED}, which comes with the package)")
+    parser.add_argument(
+        "--model", help=f"a folder, a Hub id, or a .safetensors (default: {BUNDLED}, which comes with the package)"
+    )
     parser.add_argument("--list", action="store_true", help=f"print what {BUNDLED} knows to draw, and stop")
     parser.add_argument("--steps", type=int, help="of denoising (20 if bundled, else the pipeline's default)")
     parser.add_argument("--guidance", type=float, help="how far to follow the prompt (3 if bundled, else as above)")
@@ -59,6 +61,9 @@ def flags() -> Parser:
     parser.add_argument("--image", metavar="FILE", help="a picture to begin with; a URL will do")
     parser.add_argument("--mask", metavar="FILE", help="of --image, draw anew what is white here")
     parser.add_argument("--strength", type=float, help="how far to leave --image, 0 to 1 (default: the pipeline's)")
+    net = "a ControlNet's folder, Hub id or file; may be given again, with a picture for each"
+    parser.add_argument("--control", metavar="MODEL", action="append", help=net)
+    parser.add_argument("--control-image", metavar="FILE", action="append", help="what it follows: edges, a depth, ...")
     parser.add_argument("--refiner", metavar="MODEL", help="for XL: takes away the last fifth of the noise")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (%(default)s)")
     parser.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's, or --image's)")
@@ -75,6 +80,10 @@ def flags() -> Parser:
     shows = "shows each step in OUTPUT.preview.png, which no safety checker sees, and which goes in the end"
     parser.add_argument("--preview", metavar="MODEL", help=f"{tiny}; {shows}")
     parser.add_argument("--scale", type=int, help="enlarge each pixel (4 if bundled, else 1)")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times"
+    )
+    parser.add_argument("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, so too")
     lines = 'a JSONL file, whose lines are drawn: {"prompt": "a fox", "seed": 1}, and what else differs from the flags'
     parser.add_argument("--prompts", metavar="FILE", help=lines)
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="of --prompts, drawn at once (%(default)s)")
@@ -104,6 +113,8 @@ def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     for flag in ("mask", "strength"):
         if vars(args)[flag] is not None and args.image is None and not args.prompts:
             parser.error(f"argument --{flag}: needs --image")
+    if len(args.control or ()) != len(args.control_image or ()):
+        parser.error("argument --control-image: give one for each --control")
     if args.refiner and args.mask:
         parser.error("argument --refiner: would change what --mask keeps; leave one out")
     if args.safety and args.preview:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,16 @@ KEYWORDS = {  # flags, and what they are in a pipeline's call
     "negative": "negative_prompt",
     "image": "image",
     "mask": "mask_image",
+    "control_image": "control_image",
     "strength": "strength",
     "height": "height",
     "width": "width",
     "n": "num_images_per_prompt",
     "preview": "callback_on_step_end",
 }
-RECORDED = ("prompt", "negative", "image", "mask", "strength", "height", "width")  # in the picture's file
-RECORDED += ("model", "refiner", "scheduler", "steps", "guidance", "seed", "n")
+RECORDED = ("prompt", "negative", "image", "mask", "strength", "height", "width", "control", "control_image")
+RECORDED += ("model", "lora", "embedding", "refiner", "scheduler", "steps", "guidance", "seed", "n")  # in the PNG
+FIRST_ALONE = ("image", "control_image", "strength", "height", "width")  # not for the refiner
 
 Pipeline = minidiff.DiffusionPipeline
 
@@ -39,11 +42,20 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     options = {"torch_dtype": dtype, "variant": args.variant}
     without = {"safety_checker": None} if args.safety is False else {}
-    pipe, refiner = Pipeline.from_pretrained(args.folder, **options, **without), None
+    if Path(args.folder).is_file() or "://" in str(args.folder):
+        pipe, refiner = Pipeline.from_single_file(args.folder, torch_dtype=dtype, **without), None
+    else:
+        pipe, refiner = Pipeline.from_pretrained(args.folder, **options, **without), None
     if args.safety and pipe.components.get("safety_checker") is None:
         raise ValueError(f"--safety: {args.model} has no safety checker")
     if "prompt" not in takes(pipe):
         raise ValueError(f"{args.model}: a {type(pipe).__name__} takes no prompt; call it from Python")
+    load_adapters(pipe, args.lora, args.embedding)
+    if args.control:
+        nets = [load_net(place, dtype) for place in args.control]
+        kind = "Inpainting" if "mask_image" in takes(pipe) else "Text2Image"
+        steered = getattr(minidiff, f"AutoPipelineFor{kind}")
+        pipe = steered.from_pipe(pipe, controlnet=nets if len(nets) > 1 else nets[0])
     pipe = suited(pipe, args)
     if args.refiner and "denoising_end" not in takes(pipe):
         raise ValueError(f"--refiner: ends what XL began, but {args.model} has a {type(pipe).__name__}")
@@ -59,11 +71,33 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
     return pipe, refiner
 
 
+def load_adapters(pipe: Pipeline, loras: list[str], embeddings: list[str]) -> None:
+    """`loras` are files or Hub ids, each perhaps with `:` and a scale behind it."""
+    if (loras or embeddings) and not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"--lora and --embedding are Stable Diffusion's, and this is a {type(pipe).__name__}")
+    weights = {}
+    for i, lora in enumerate(loras):
+        file, _, scale = lora.rpartition(":")
+        number = re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", scale) if file else None
+        weights[f"lora{i}"] = float(scale) if number else 1.0
+        pipe.load_lora_weights(file if number else lora, adapter_name=f"lora{i}")
+    if loras:
+        pipe.set_adapters([*weights], [*weights.values()])
+    for file in embeddings:
+        pipe.load_textual_inversion(file)
+
+
+def load_net(place: str, dtype: torch.dtype) -> minidiff.ControlNetModel:
+    """Of a folder, a Hub id, or a single file."""
+    net = minidiff.ControlNetModel
+    return (net.from_single_file if Path(place).is_file() else net.from_pretrained)(place, torch_dtype=dtype)
+
+
 def suited(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
     """The pipeline, or one of the same parts that takes the pictures which are given."""
     if args.mask and "mask_image" not in takes(pipe):
         return minidiff.AutoPipelineForInpainting.from_pipe(pipe)
-    if args.image and "image" not in takes(pipe):
+    if args.image and ("control_image" if args.control else "image") not in takes(pipe):
         return minidiff.AutoPipelineForImage2Image.from_pipe(pipe)
     return pipe
 
@@ -83,6 +117,10 @@ def arguments_of(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
             setattr(args, flag, takes(pipe)[KEYWORDS[flag]].default)
     asked = {flag: vars(args)[flag] for flag in KEYWORDS} | {"n": args.n if args.n > 1 else None}
     asked |= {flag: load_image(asked[flag]) for flag in ("image", "mask") if asked[flag]}
+    if args.control:  # it is the one picture of text to image
+        pictures = [load_image(file) for file in args.control_image]
+        name = "control_image" if "control_image" in takes(pipe) else "image"
+        asked |= {"control_image": None, name: pictures if len(pictures) > 1 else pictures[0]}
     if args.preview:
         asked["preview"] = previewer(args, pipe)
     sized = args.bundled or args.height is not None or args.width is not None
@@ -103,7 +141,7 @@ def draw(pipe: Pipeline, refiner: Pipeline | None, call: dict[str, Any]) -> list
     if refiner is None:
         return pipe(**call).images
     latents = pipe(**call, denoising_end=BASE_SHARE, output_type="latent").images
-    again = {name: value for name, value in call.items() if name not in ("image", "strength", "height", "width")}
+    again = {name: value for name, value in call.items() if name not in FIRST_ALONE}
     return refiner(image=latents, denoising_start=BASE_SHARE, **again).images
 
 
@@ -138,7 +176,7 @@ def write(picture: Image.Image, file: Path, settings: Mapping[str, Any] | None =
     """Writes a PNG, whole or not at all, with the `settings` that drew it. Raises OSError, which names the file."""
     chunks = PngInfo()
     for key in RECORDED if settings else ():
-        if settings[key] is not None:
+        if settings[key] not in (None, []):
             chunks.add_itxt(key, str(settings[key]))
     unfinished = file.with_name(f".{file.name}.tmp")
     try:

@@ -17,6 +17,7 @@ from weights_compat.vae import AUTOENCODER_KL
 
 from ..loading.config import MAX_LEVELS, Config, Depth, Width
 from ..loading.model import Model
+from ..loading.single_file import OneFile
 from ..noise import Generators, randn_tensor
 from ..outputs import output
 from .tiling import Network, in_tiles
@@ -222,14 +223,14 @@ class InParts(Autoencoder, abstract=True):
         return tiled(network, x) if self.use_tiling and max(x.shape[2:]) > most else network(x)
 
 
-class AutoencoderKL(InParts):
+class AutoencoderKL(InParts, OneFile):
     """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
 
     The latents come as the encoder makes them; pipelines apply `config.scaling_factor`.
     """
 
     Config = AutoencoderConfig
-    table = AUTOENCODER_KL
+    table, part = AUTOENCODER_KL, "vae"
     tile_overlap_factor = 0.25
 
     def build(self, c: AutoencoderConfig) -> None:
