@@ -215,6 +215,8 @@ def test_a_controlnet_alone(sd, tmp_path):
     options = {"config": str(tmp_path), "subfolder": "controlnet"}
     back = diffusers.ControlNetModel.from_single_file(str(tmp_path / "back.safetensors"), **options).state_dict()
     assert back.keys() == expected.keys() and all(back[key].equal(expected[key]) for key in expected)
+    with pytest.raises(LoadError, match="is none of the standard models"):
+        minidiff.ControlNetModel.from_single_file(file)
     with pytest.raises(LoadError, match="looks like a ControlNet"):
         minidiff.UNet2DConditionModel.from_single_file(file, config=sd.folder)
     with pytest.raises(LoadError, match="has no place in ControlNetModel"):
