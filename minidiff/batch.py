@@ -12,6 +12,7 @@ or number of threads adds up in another order, which shows in the last bits.
 
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -39,16 +40,17 @@ WAIT = timedelta(days=7)  # for one another: who is slow may be, and who is dead
 def draw_many(args: Namespace, read: Read, device: str) -> int:
     """Draws what isn't there yet. Returns the exit code: 1 if a line has no picture."""
     if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # alone as under torchrun
     started, failed = time.perf_counter(), []
     store, rank, size, group = join(device)
+    plan = {}
     if rank == 0:
         with alone_in(args.output):
-            publish(args, read, store, failed)
-    plan = json.loads(store.get("plan"))
+            plan = publish(args, read, store, failed)
+    plan = told(plan, group)
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group) if group else None
         stack.enter_context(sharing(args.output))
@@ -82,17 +84,29 @@ def draw_many(args: Namespace, read: Read, device: str) -> int:
 
 
 def join(device: str) -> tuple[dist.Store, int, int, dist.ProcessGroup | None]:
-    """What the processes share; which of them this is, of how many; and the group in which they meet at the end."""
+    """What the processes share; which of them this is, of how many; and the group in which they speak."""
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1, None
     store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives the processes that it starts anew: in it are the addresses of the dead, and their count
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return store, rank, size, dist.new_group(backend="gloo", timeout=WAIT)
+    group = dist.new_group(backend="gloo", timeout=WAIT)
+    return dist.PrefixStore(told(secrets.token_hex(8), group), store), rank, size, group
 
 
-def publish(args: Namespace, read: Read, store: dist.Store, failed: list[int]) -> None:
-    """Puts what there is to do into the store, and the lines that can't be read into `failed`."""
+def told(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """What the first process says."""
+    values = [value]
+    if group:
+        dist.broadcast_object_list(values, group=group)
+    return values[0]
+
+
+def publish(args: Namespace, read: Read, store: dist.Store, failed: list[int]) -> dict[str, int]:
+    """Puts the batches that are to be drawn into the store, and the lines that can't be read into `failed`. Returns
+    the number of the batches, of the pictures that are new in them, and of those that are there."""
     records = read_manifest(args.output)
     lines = read_prompts(args.prompts, args.output, read, lambda number, error: tell(number, error, failed))
     for line in lines:
@@ -102,7 +116,7 @@ def publish(args: Namespace, read: Read, store: dist.Store, failed: list[int]) -
     for i, batch in enumerate(todo, 1):
         store.set(f"batch {i}", json.dumps([vars(line) for line in batch], default=str))
     new = sum(line.new for line in lines)
-    store.set("plan", json.dumps({"batches": len(todo), "new": new, "there": len(lines) - new}))
+    return {"batches": len(todo), "new": new, "there": len(lines) - new}
 
 
 def batches(lines: list[Namespace], most: int) -> Iterator[list[Namespace]]:
@@ -136,7 +150,8 @@ def drawn(
     """Lines with their pictures, computed as `width` of them. If that fails, each is tried alone."""
     try:
         serving = suited(pipe, lines[0])
-        serving.set_progress_bar_config(disable=True)
+        for one in (serving, refiner) if refiner else (serving,):
+            one.set_progress_bar_config(disable=True)
         calls = [arguments_of(line, serving) for line in [*lines, *lines[-1:] * (width - len(lines))]]
         pictures = draw(serving, refiner, together(calls))
     except ERRORS as error:

@@ -123,8 +123,9 @@ def add(
             A, B = torch.randn(rank, *W.shape[1:]) / rank, torch.zeros(len(W), rank, *[1] * (W.ndim - 2))
             pairs[layer] = LowRank(A, B)
             used.update(ends)
-    if not used or (unused := [target for target in targets if target not in used]):
-        raise ValueError(f"targets: no layer of this {type(model).__name__} is called {unused or targets}")
+    if not targets or (unused := [target for target in targets if target not in used]):
+        what = f"no layer of this {type(model).__name__} is called {', '.join(unused)}" if targets else "name a layer"
+        raise ValueError(f"targets: {what}")
     model.requires_grad_(False)
     attach(model, adapter_name, pairs)
     return [parameter for one in pairs.values() for parameter in one.parameters()]

@@ -65,7 +65,7 @@ def test_lora_and_embeddings(draw, tmp_path, tiny_sd_folder, capsys):
         assert picture.text["lora"] == "['one.safetensors:-0.5', 'two.safetensors']"
         assert picture.text["embedding"] == "['new.bin']"
     assert draw("--lora", "nowhere.safetensors:1") == 1
-    assert "error: nowhere.safetensors: there is no such folder" in capsys.readouterr().err
+    assert "error: nowhere.safetensors: no such file" in capsys.readouterr().err
 
 
 def test_grid_size_scale_and_scheduler(draw, tmp_path):

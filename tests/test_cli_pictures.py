@@ -1,5 +1,7 @@
 """The command line with pictures: image to image, inpainting, XL with its refiner, the safety checker, previews."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,10 @@ def test_xl_with_its_refiner_as_python_draws_it(draw, tmp_path):
     assert np.array_equal(pixels(), np.asarray(expected))
     text = Image.open("minidiff.png").text
     assert (text["refiner"], text["guidance"]) == ("refiner", "5.0")
+    Path("lines.jsonl").write_text('{"prompt": "red", "seed": 1}\n{"prompt": "red apple"}\n')
+    many = ("--prompts", "lines.jsonl", "--batch", "2", "-o", "out", "--steps", "5", "--device", "cpu")
+    assert main([*asked, *many]) == 0
+    assert np.abs(pixels("out/00002.png") - pixels()).max() <= 1
 
 
 def test_safety(draw, tmp_path, capsys):

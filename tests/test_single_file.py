@@ -17,7 +17,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from fake_hub import REPOSITORY, FakeHub
 from PIL import Image
-from reference import difference
+from reference import difference, randomize
 from safetensors.torch import load_file, save_file
 
 import minidiff
@@ -30,7 +30,7 @@ from weights_compat import TABLES
 from weights_compat.manifests import narrow, read_manifest
 from weights_compat.random_folder import make_random_folder
 from weights_compat.single_file import original
-from weights_compat.standard import UNETS, standard_files, standard_model
+from weights_compat.standard import UNETS, WAY_DOWN, standard_files, standard_model
 
 FAMILIES = sorted(UNETS.values())
 CONTROL = {"addition_embed_type": None}  # a default
@@ -201,6 +201,28 @@ def test_a_controlnets_names_are_one_to_one(name):
     assert [layout.table.ours(there) for there in written] == list(ours.values())
 
 
+def test_a_controlnet_alone(sd, tmp_path):
+    """Its tensors are the reference's, there and back; a UNet's file isn't one, nor one a UNet's."""
+    small = {key: value for key, value in sd.ours().unet.config.items() if key in WAY_DOWN}
+    net = diffusers.ControlNetModel.from_config(small | {"norm_num_groups": 8})
+    randomize(net, 0).save_pretrained(tmp_path / "controlnet")
+    tensors = {f"control_model.{key}": value for key, value in originals.controlnet(net.state_dict()).items()}
+    save_file(tensors, file := tmp_path / "x.safetensors")
+    ours = minidiff.ControlNetModel.from_single_file(file, config=tmp_path)
+    expected = net.state_dict()
+    assert all(tensor.equal(expected[ours.table.hub(key)]) for key, tensor in ours.state_dict().items())
+    ours.save_single_file(tmp_path / "back.safetensors")
+    options = {"config": str(tmp_path), "subfolder": "controlnet"}
+    back = diffusers.ControlNetModel.from_single_file(str(tmp_path / "back.safetensors"), **options).state_dict()
+    assert back.keys() == expected.keys() and all(back[key].equal(expected[key]) for key in expected)
+    with pytest.raises(LoadError, match="is none of the standard models"):
+        minidiff.ControlNetModel.from_single_file(file)
+    with pytest.raises(LoadError, match="looks like a ControlNet"):
+        minidiff.UNet2DConditionModel.from_single_file(file, config=sd.folder)
+    with pytest.raises(LoadError, match="has no place in ControlNetModel"):
+        minidiff.ControlNetModel.from_single_file(sd.file, config=tmp_path)
+
+
 MEASURE = """
 import re, sys, warnings, minidiff, torch
 warnings.simplefilter("ignore")
@@ -349,7 +371,6 @@ STRANGERS = {
     "a video model": f"{UNET}input_blocks.1.0.time_stack.in_layers.0.weight",
     "a video model, or": "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight",
     "one part of a folder: from_pretrained": "down_blocks.0.resnets.0.norm1.weight",
-    "Playground 2.5": "edm_mean",
     "one part of a folder": "text_model.embeddings.position_embedding.weight",
 }
 
@@ -381,7 +402,10 @@ def test_an_embedding_of_2022_and_a_network_of_another_kind(sd, tmp_path):
         minidiff.UNet2DConditionModel.from_single_file(control, config=sd.folder)
 
 
-def test_another_systems_pipeline_and_config(sd):
+def test_another_systems_pipeline_and_config(sd, tmp_path):
+    save_file({"edm_mean": torch.ones(4)}, tmp_path / "playground.safetensors")  # beside networks of XL's shapes
+    with pytest.raises(LoadError, match=r"looks like Playground 2\.5: give config="):
+        minidiff.StableDiffusionXLPipeline.from_single_file(tmp_path / "playground.safetensors")
     with pytest.raises(LoadError, match="goes with StableDiffusionPipeline, not with StableDiffusionXLPipeline"):
         minidiff.StableDiffusionXLPipeline.from_single_file(sd.file, config=sd.folder)
     with pytest.raises(LoadError, match="is none of the standard models: give config="):

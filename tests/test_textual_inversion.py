@@ -141,12 +141,14 @@ def test_a_saved_pipeline_keeps_its_tokens(apart, tmp_path):
 
 def test_tokenizer_and_text_encoder_alone(apart):
     for pipe in apart:
-        assert pipe.tokenizer.add_tokens(["<a>", "<B>", "apple</w>"]) == 2
+        assert pipe.tokenizer.add_tokens(["<a>", "<B>", "apple</w>"]) == 3  # of which one has an id
         assert pipe.tokenizer.add_tokens("<a>") == 0
         pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
     ours, theirs = (pipe.text_encoder.get_input_embeddings() for pipe in apart)
     assert ours.num_embeddings == theirs.num_embeddings == 49410
     assert apart[0].tokenizer("<A> <b>").input_ids == apart[1].tokenizer("<A> <b>").input_ids
+    apart[0].unload_textual_inversion()
+    assert len(apart[0].tokenizer) == len(apart[0].text_encoder.get_input_embeddings().weight) == 49408
     apart[0].text_encoder.resize_token_embeddings(100)
     with pytest.raises(ValueError, match=r"this text encoder knows 0\.\.99"):
         apart[0].text_encoder(torch.tensor([[5, 100]]))

@@ -249,3 +249,24 @@ def test_keep_leaves_the_folder_for_another_run(tmp_path, run):
     assert isinstance(minidiff.DiffusionPipeline.from_pretrained(kept), minidiff.DDPMPipeline)
     with pytest.raises(SystemExit):
         verify.main(["ddpm-cifar10-32", "--random", "--keep", str(kept)])
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"])
+def test_a_lora_is_compared_too(run, name, tmp_path):
+    code, verdicts, _ = run(name, "--random", "--lora", "--keep", tmp_path / "folder")
+    assert code == 0
+    assert sum(stage.startswith("with LoRA") for stage in verdicts) == 3
+
+
+def test_a_lora_changes_what_is_compared(folder, tmp_path):
+    inputs = Inputs("cpu", torch.float32, 1, 0)
+    side = Side(False, folder, json.loads((folder / "model_index.json").read_text()), "cpu", torch.float32)
+    stage = verify.lora_stage(verify.make_lora(side.pipeline(), tmp_path, inputs), inputs)
+    plain, changed = (stages.draw(pipe, inputs)["decoded"][0] for pipe in (side.pipeline(), stage.load(side)))
+    assert (plain - changed).abs().max() > 0.01 * plain.abs().max()
+
+
+def test_a_lora_needs_a_file_without_random_weights(folder, capsys):
+    with pytest.raises(SystemExit):
+        verify.main([str(folder), "--lora"])
+    assert "argument --lora: needs a file, without --random" in capsys.readouterr().err

@@ -5,13 +5,14 @@ at a time, of one side.
 """
 
 import argparse
+import functools
 import gc
 import importlib
 import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import chain
@@ -24,7 +25,7 @@ from torch import Tensor
 from .manifests import at_sample_size, narrow, read_manifest, steered, steered_name
 from .random_folder import make_random_folder
 from .sides import Inputs, Side
-from .stages import WIDTH, make_stages
+from .stages import TEXT_ENCODERS, WIDTH, Stage, draw, make_stages, parts_of
 
 # The largest |difference| that passes, relative to the reference's largest value. In half precision both sides round
 # at every operation, in whatever order their kernels take them, and guidance carries that through all steps: a bound
@@ -35,9 +36,7 @@ BOUNDS = {
     "float16": {"ids": 0, "scheduler": 5e-3, "states": 5e-3, "unet": 5e-3, "vae": 5e-3, "picture": 5e-2},
     "bfloat16": {"ids": 0, "scheduler": 4e-2, "states": 4e-2, "unet": 4e-2, "vae": 4e-2, "picture": 2e-1},
 }
-
-
-RANDOM = Path()  # --controlnet without a folder
+RANDOM = Path()  # --controlnet and --lora without a path
 
 
 class Result(NamedTuple):
@@ -57,10 +56,10 @@ class Result(NamedTuple):
         return f"{self.stage:<{WIDTH}}{numbers}  {'PASS' if self.passed else 'FAIL'}{end}"
 
 
-def verify(folder: Path, index: dict[str, Any], inputs: Inputs) -> Iterator[Result | str]:
-    """Yields a result for each number compared, and a line for each thing that is left out."""
+def verify(folder: Path, index: dict[str, Any], inputs: Inputs, more: Iterable[Stage] = ()) -> Iterator[Result | str]:
+    """Yields a result for each number compared, and a line for each thing that is left out. `more`: further stages."""
     bounds = BOUNDS[str(inputs.dtype).removeprefix("torch.")]
-    for stage in make_stages(index, inputs):
+    for stage in chain(make_stages(index, inputs), more):
         if isinstance(stage, str):
             yield stage
             continue
@@ -102,6 +101,31 @@ def compare(stage: str, bound: float, expected: list[Tensor], actual: list[Tenso
         relative = difference / largest if largest else float("inf") if difference else 0.0
         worst = max(worst, Result(stage, bound, difference, relative), key=lambda result: result.relative)
     return worst
+
+
+def lora_stage(file: Path, inputs: Inputs) -> Stage:
+    """The pipeline's picture again, with a LoRA."""
+
+    def load(side: Side) -> Any:
+        pipe = side.pipeline()
+        pipe.load_lora_weights(str(file))
+        return pipe
+
+    return Stage("with LoRA", "picture", load, functools.partial(draw, inputs=inputs))
+
+
+def make_lora(pipe: Any, place: Path, inputs: Inputs) -> Path:
+    """A file of random numbers for the attention of minidiff's UNet and text encoders."""
+    from minidiff import lora
+
+    parts = list(parts_of(pipe, ("unet", *TEXT_ENCODERS)).values())
+    for part in parts:
+        for i, parameter in enumerate(lora.add(part, rank=4)):
+            parameter.data = inputs.randn(*parameter.shape, seed=i) / parameter[0].numel() ** 0.5
+    first = [None] if getattr(pipe, "text_encoder", None) is None else []  # the refiner's
+    with torch.no_grad():
+        pipe.save_lora_weights(place, parts[0], *first, *parts[1:])
+    return place
 
 
 def verify_single_file(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Iterator[Result]:
@@ -150,6 +174,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     net = "with a ControlNet beside the UNet: a net's folder, or none with --random: random weights too"
     parser.add_argument("--controlnet", metavar="DIR", type=Path, nargs="?", const=RANDOM, help=net)
+    lora = "with a LoRA: its file or folder, or none with --random: random numbers"
+    parser.add_argument("--lora", metavar="FILE", type=Path, nargs="?", const=RANDOM, help=lora)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (%(default)s)")
     parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="of weights and inputs (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of denoising (%(default)s)")
@@ -157,8 +183,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.random and (args.small or args.full or args.sample or args.keep):
         parser.error("--small, --full, --sample and --keep go with --random")
-    if args.controlnet is RANDOM and not args.random:
-        parser.error("argument --controlnet: needs a net's folder, without --random")
+    for name, what in (("controlnet", "a net's folder"), ("lora", "a file")):
+        if getattr(args, name) is RANDOM and not args.random:
+            parser.error(f"argument --{name}: needs {what}, without --random")
     if args.keep and args.keep.exists():
         parser.error(f"argument --keep: {args.keep} exists")
     for name in ("steps", "sample"):
@@ -235,8 +262,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"run       {args.device}, {args.dtype}, {args.steps} steps\n")
         print(f"{'stage':<{WIDTH}}{'max |diff|':>12}{'relative':>12}{'bound':>10}")
         results, dtype = [], getattr(torch, args.dtype)
+        inputs = Inputs(args.device, dtype, args.steps, args.seed)
         single = verify_single_file(folder, index, dtype) if args.single_file else ()
-        for result in chain(verify(folder, index, Inputs(args.device, dtype, args.steps, args.seed)), single):
+        lora = args.lora
+        if lora is RANDOM:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minidiff-")))
+            lora = make_lora(Side(False, folder, index, args.device, dtype).pipeline(), place, inputs)
+        more = [lora_stage(lora, inputs)] if lora else []
+        for result in chain(verify(folder, index, inputs, more), single):
             print(result, flush=True)
             results += [result] if isinstance(result, Result) else []
     failed = [result.stage for result in results if not result.passed]

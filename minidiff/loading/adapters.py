@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weights_compat.lora import OTHERS, spellings, split
+from weights_compat.lora import OTHERS, originals, spellings, split
 
 from ..lora import LowRank, layers
 from .config import LoadError
@@ -20,6 +20,7 @@ from .save import replacing
 from .tensors import read_header, read_tensors, write_tensors
 
 LORA = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+ENDS = (".safetensors", ".bin", ".pt", ".ckpt")
 METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header: peft's config of each component
 MAX_RANK = 2**14  # of real files 512. A pickle may claim any, and hold one number
 
@@ -29,13 +30,15 @@ def find_file(path: str | os.PathLike, weight_name: str | None, usual: Collectio
     check_path(path, "pretrained_model_name_or_path", "a file, a folder or a Hub id")
     if os.path.isfile(path):
         return Path(path)
+    if str(path).endswith(ENDS) and not os.path.isdir(path):
+        raise LoadError(f"{path}: no such file")
 
     def choose(names: list[str]) -> list[str]:
         inside = {Path(name).name: name for name in names if str(Path(name).parent) == (subfolder or ".")}
         for name in (weight_name,) if weight_name else usual:
             if name in inside:
                 return [inside[name]]
-        found = [name for name in inside if name.endswith((".safetensors", ".bin", ".pt"))]
+        found = [name for name in inside if name.endswith(ENDS)]
         if weight_name or len(found) != 1:
             wanted = f"no {weight_name}" if weight_name else "not one file to read, so give weight_name"
             raise LoadError(f"{path}: has {wanted}; it has {', '.join(sorted(found)) or 'none'}")
@@ -70,9 +73,10 @@ def match_lora(
     `where`, for a tensor without a place: all of them are listed."""
     homes, found, unknown = {}, {}, []
     for component, model in models.items():
-        count = model.config.get("layers_per_block")
-        for _, hub, layer in layers(model):
-            for spelling in spellings(hub, count if isinstance(count, int) else None):
+        table = originals(model.config)
+        for ours, hub, layer in layers(model):
+            original = table and table.hub(f"{ours}.weight")
+            for spelling in spellings(hub, original and original.removesuffix(".weight")):
                 homes[component, spelling] = (component, hub, layer)
     for key, tensor in tensors.items():
         if other := next((kind for word, kind in OTHERS.items() if word in str(key)), None):

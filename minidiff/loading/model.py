@@ -65,11 +65,6 @@ class Model(Configured, Switches, nn.Module, abstract=True):
         return self.eval()
 
     def write_to(self, folder: Path, files: Files) -> None:
-        if loose := list(dict.fromkeys(name for one in adapted(self) if not one.fused for name in one.adapters)):
-            raise ValueError(
-                f"this {type(self).__name__} has LoRA ({', '.join(loose)}) beside its weights, which no folder holds:"
-                " save_lora_weights, then unload_lora_weights; or fuse_lora, which makes it part of the weights"
-            )
         tensors = self.checked_tensors()
         write_json(folder / "config.json", self.file_config())
         write_weights(tensors, self.weights, folder, files, self.table)
@@ -79,6 +74,11 @@ class Model(Configured, Switches, nn.Module, abstract=True):
 
         Raises ValueError unless a network of this config, which is what loading builds, has just these tensors.
         """
+        if loose := list(dict.fromkeys(name for one in adapted(self) if not one.fused for name in one.adapters)):
+            raise ValueError(
+                f"this {type(self).__name__} has LoRA ({', '.join(loose)}) beside its weights, which are saved alone:"
+                " save_lora_weights, then unload_lora_weights; or fuse_lora, which makes it part of the weights"
+            )
         name = type(self).__name__
         tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in self.state_dict().items()}  # if compiled
         with torch.device("meta"):

@@ -51,24 +51,32 @@ class SingleFile(NamedTuple):
         file = fetch_file(link, **hub)
         return cls(file, dict(read_tensors(file)))
 
-    def error(self, problem: str) -> LoadError:
-        """One that says what the file looks like, if that is known, and else the `problem`."""
+    def error(self, problem: str, part: str | None = None) -> LoadError:
+        """One that says what the file looks like, if that is known and not the `part` that is read, and else the
+        `problem`."""
         what = stranger(self.tensors)
-        return LoadError(f"{self.file}: {f'looks like {what}' if what else problem}")
+        strange = what is not None and (part is None or part not in what.lower())
+        return LoadError(f"{self.file}: {f'looks like {what}' if strange else problem}")
 
     @contextmanager
     def configs(
-        self, config: str | os.PathLike | None, hub: Mapping[str, Any], given: Collection[str]
+        self,
+        config: str | os.PathLike | None,
+        hub: Mapping[str, Any],
+        given: Collection[str],
+        part: str | None = None,
     ) -> Iterator[Path]:
         """A folder with the configs that the file goes with: `config`, a folder or a Hub id, or that of the standard
         model that the file is. Those come with the package: no Hub is asked for them, nor for their tokenizers. `given`
         are arguments of the call, one of which may settle what names and shapes don't tell.
         """
         if config is None:
-            name, part = standard_model({name: tensor.shape for name, tensor in self.tensors.items()})
+            name, network = standard_model({name: tensor.shape for name, tensor in self.tensors.items()})
             if name is None:
-                raise self.error("is none of the standard models: give config=, a folder or a Hub id with its configs")
-            keyword, doubt = DOUBTS.get((name, part), ("", ""))
+                raise self.error(
+                    "is none of the standard models: give config=, a folder or a Hub id with its configs", part
+                )
+            keyword, doubt = DOUBTS.get((name, network), ("", ""))
             if doubt and keyword not in given:
                 warnings.warn(f"{self.file}: {doubt}; config= or {keyword}= ends this warning", stacklevel=5)
         else:
@@ -175,7 +183,7 @@ class OneFile:
         if isinstance(link, Mapping):
             check_tensors(**link)
         source = SingleFile("the dictionary", link) if isinstance(link, Mapping) else SingleFile.read(link, hub)
-        with source.configs(config, hub, {*overrides, "scheduler"}) as folder:
+        with source.configs(config, hub, {*overrides, "scheduler"}, cls.part) as folder:
             inside = cls.part if subfolder is None and not (folder / "config.json").exists() else subfolder or ""
             model = cls.without_weights(folder / inside, overrides)
         layout = original(cls.part, model.config, [cls.part])

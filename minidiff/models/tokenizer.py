@@ -270,8 +270,9 @@ class CLIPTokenizer(Component):
         return {str(token): index for index, token in self.added_tokens_decoder.items()}
 
     def add_tokens(self, new_tokens: str | Sequence[str], special_tokens: bool = False) -> int:
-        """Gives texts ids of their own, after all others, and returns how many had none. `special_tokens` are searched
-        for before lowercasing. A text encoder must learn of them: `resize_token_embeddings(len(tokenizer))`."""
+        """Texts that are searched for from now on, each with an id after all others, if it has none. Returns how many
+        are new; `special_tokens` are searched for before lowercasing. A text encoder must learn of the ids:
+        `resize_token_embeddings(len(tokenizer))`."""
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
         return self._backend.add_special_tokens(tokens) if special_tokens else self._backend.add_tokens(tokens)
 

@@ -202,9 +202,10 @@ class LoraSwitches(Runs):
         """The networks that can have adapters, or those of `components`."""
         parts = {name: self.components.get(name) for name in components or self._lora_loadable_modules}
         models = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # torch.compile wraps it
-        if components and (wrong := [name for name, model in models.items() if not isinstance(model, Model)]):
+        fitting = {name: models[name] for name in self._lora_loadable_modules if isinstance(models.get(name), Model)}
+        if components and (wrong := [name for name in components if name not in fitting]):
             raise ValueError(f"components has {', '.join(wrong)}, which this pipeline has no LoRA for")
-        return {name: model for name, model in models.items() if isinstance(model, Model)}
+        return fitting
 
 
 def strength(hub: str, weight: Any) -> float:

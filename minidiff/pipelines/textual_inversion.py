@@ -77,7 +77,7 @@ class TextualInversion:
         wanted, found = [tokens] if isinstance(tokens, str) else tokens, set()
         for words, encoder in self._pairs(tokenizer, text_encoder).values():
             added = {} if None in (words, encoder) else words.added_tokens_decoder
-            added = [str(token) for token in added.values() if not token.special]
+            added = [str(token) for i, token in added.items() if not token.special and i >= words.vocab_size]
             mine = added if wanted is None else [one for word in wanted for one in all_vectors(word, added)]
             if mine:
                 removed, rows = words.remove_tokens(mine), encoder.get_input_embeddings().weight.data
