@@ -115,6 +115,7 @@ def add(
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r} must be a whole number from 1")
     check_name(adapter_name, names(model))
+    check_unfused(model)
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     pairs, used = {}, set()
     for ours, hub, layer in layers(model):
@@ -170,6 +171,12 @@ def check_name(name: str, used: Collection[str]) -> None:
         raise ValueError(f"adapter_name={name!r} is in use: take another, or delete_adapters({name!r}) first")
 
 
+def check_unfused(*models: nn.Module) -> None:
+    """What is fused draws alone: an adapter that came beside it, or left, would change nothing."""
+    if fused := dict.fromkeys(name for model in models for layer in adapted(model) for name in layer.fused):
+        raise ValueError(f"{', '.join(fused)} is fused: unfuse_lora or unload_lora_weights first")
+
+
 def attach(model: nn.Module, name: str, pairs: Mapping[nn.Module, LowRank]) -> None:
     """Gives each layer its adapter, which alone is active then, as in the reference."""
     for layer, one in pairs.items():
@@ -185,8 +192,9 @@ def activate(model: nn.Module, chosen: Collection[str]) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    """Takes an adapter away, and from layers that have no other one all that was added to them."""
-    active = [other for layer in adapted(model) for other in layer.active if other != name]
+    """Takes an adapter away, and from layers that have no other one all that was added to them. If it alone was active,
+    the oldest is then, as in the reference; one that was off leaves the others as they are."""
+    active = list(dict.fromkeys(one for layer in adapted(model) for one in layer.active))
     for layer in adapted(model):
         if name in layer.adapters:
             del layer.adapters[name]
@@ -195,7 +203,8 @@ def remove(model: nn.Module, name: str) -> None:
             del layer.adapters
             for key in ("active", "enabled", "fused", "base"):
                 vars(layer).pop(key, None)
-    activate(model, dict.fromkeys(active or names(model)[:1]))
+    if name in active:
+        activate(model, [other for other in active if other != name] or names(model)[:1])
 
 
 def fuse(model: nn.Module, scale: float = 1.0, chosen: Collection[str] | None = None, safe: bool = False) -> None:

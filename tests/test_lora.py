@@ -274,6 +274,56 @@ def test_safe_fusing(sd):
     assert not any(layer.fused for layer in lora.adapted(sd[0].unet))
 
 
+def test_a_refused_fuse_fuses_nothing(sd):
+    """Though it is the last network that it is refused for."""
+    file = write(sd[0], "peft", 4)
+    next(tensor for key, tensor in file.items() if key.startswith("text_encoder")).fill_(float("nan"))
+    load(sd[:1], file)
+    with pytest.raises(ValueError, match="safe_fusing: default_0"):
+        sd[0].fuse_lora(safe_fusing=True)
+    assert not any(layer.fused for model in models(sd[0]).values() for layer in lora.adapted(model))
+
+
+def test_deleting_one_switches_no_other_on(sd):
+    """`off` is off where `gone` is active, where `gone` never was, and where nothing is active."""
+    load(sd, write(sd[0], "peft", 2), adapter_name="off")
+    load(sd, write(sd[0], "peft", 2, seed=1), adapter_name="kept")
+    load(sd, write(sd[0], "peft", 2, seed=2, chosen=lambda hub: "text_model" not in hub), adapter_name="gone")
+    for pipe in sd:
+        pipe.set_adapters(["kept", "gone"])
+        pipe.delete_adapters("gone")
+    assert sd[0].get_active_adapters() == ["kept"]
+    compare(sd)
+    load(sd[:1], write(sd[0], "peft", 2, seed=2, chosen=lambda hub: "text_model" in hub), adapter_name="gone")
+    lora.activate(sd[0].unet, ())
+    sd[0].delete_adapters("gone")
+    assert not any(layer.active for layer in lora.adapted(sd[0].unet))
+    sd[0].set_adapters("kept")
+    lora.activate(sd[0].unet, ())
+    sd[0].delete_adapters("off")
+    assert not any(layer.active for layer in lora.adapted(sd[0].unet))
+
+
+def test_what_is_fused_is_unfused_first(sd):
+    """What was fused drew on alone, whatever came beside it or left."""
+    pipe, file = sd[0], write(sd[0], "peft", 2)
+    load([pipe], file, adapter_name="one")
+    pipe.fuse_lora(components=["unet"])
+    before = draw(pipe, prompt=PROMPT, num_inference_steps=1)[0]
+    for call in (
+        lambda: pipe.load_lora_weights(file),
+        lambda: pipe.set_adapters("one", 0.5),
+        lambda: pipe.delete_adapters("one"),
+        lambda: lora.add(pipe.unet),
+    ):
+        with pytest.raises(ValueError, match="one is fused: unfuse_lora or unload_lora_weights first"):
+            call()
+    assert np.array_equal(draw(pipe, prompt=PROMPT, num_inference_steps=1)[0], before)
+    pipe.unfuse_lora()
+    load([pipe], file)
+    assert pipe.get_active_adapters() == ["default_0"]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"lora_alpha": 8}, {"lora_alpha": 2, "use_rslora": True}, {"alpha_pattern": 1}]
 )

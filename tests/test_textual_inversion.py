@@ -108,6 +108,15 @@ def test_tokens_come_and_go(apart, tmp_path):
     apart[0].load_textual_inversion({"<cat>": vectors(2)})  # nothing of the old one is in the way
 
 
+def test_a_refused_unload_takes_nothing_away(apart):
+    pipe = apart[0]
+    pipe.load_textual_inversion({"<x>": vectors(2)})
+    with pytest.raises(ValueError, match="tokens has <zzz>, which"):
+        pipe.unload_textual_inversion(["<x>", "<zzz>"])
+    assert {"<x>", "<x>_1"} <= pipe.tokenizer.added_tokens_encoder.keys()
+    assert len(pipe.text_encoder.get_input_embeddings().weight) == 49410
+
+
 def test_xl_as_its_users_do(xl):
     """A tensor for each text encoder; or, here, the whole file."""
     ours, theirs = copy.deepcopy(xl)

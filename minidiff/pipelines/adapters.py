@@ -60,7 +60,8 @@ class LoraSwitches(Runs):
         hotswap: bool = False,
         **keywords: Any,
     ) -> None:
-        """Reads a LoRA for the UNet and the text encoders; it alone is active then (`set_adapters` mixes several).
+        """Reads a LoRA for the UNet and the text encoders. In those that it has tensors for, it alone is active then
+        (`set_adapters` mixes several).
 
         A file, a folder or Hub repository (`weight_name`, `subfolder`, huggingface_hub's keywords), or its tensors; of
         diffusers, peft or kohya's scripts. Raises LoadError for a file that isn't one or doesn't fit, ValueError for
@@ -72,10 +73,11 @@ class LoraSwitches(Runs):
         free = next(name for name in map("default_{}".format, range(len(known) + 1)) if name not in known)
         name = free if adapter_name is None else adapter_name
         lora.check_name(name, known)
+        models = self._with_adapters()
+        lora.check_unfused(*models.values())
         source = file_or_given(type(self).__name__, pretrained_model_name_or_path_or_dict, LORA, keywords, Mapping)
         tensors, header = (source, {}) if isinstance(source, Mapping) else read_lora(source)
         where = "the given tensors" if isinstance(source, Mapping) else str(source)
-        models = self._with_adapters()
         for component, pairs in match_lora(tensors, header, models, where).items():
             lora.attach(models[component], name, pairs)
 
@@ -126,6 +128,7 @@ class LoraSwitches(Runs):
         self._check_loaded(names)
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights has {len(weights)} for {len(names)} adapter_names")
+        lora.check_unfused(*self._with_adapters().values())
         strengths = {}
         for component, model in self._with_adapters().items():
             for name, weight in zip(names, weights, strict=True):
@@ -149,6 +152,7 @@ class LoraSwitches(Runs):
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_loaded(names)
+        lora.check_unfused(*self._with_adapters().values())
         for name in names:
             for model in self._with_adapters().values():
                 lora.remove(model, name)
@@ -184,8 +188,8 @@ class LoraSwitches(Runs):
         check_number(lora_scale, "lora_scale")
         chosen = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_loaded(chosen or ())
-        for model in self._with_adapters(components).values():
-            lora.fuse(model, lora_scale, chosen, safe_fusing)
+        models = nn.ModuleList(self._with_adapters(components).values())  # as one, of which all or nothing is fused
+        lora.fuse(models, lora_scale, chosen, safe_fusing)
 
     def unfuse_lora(self, components: list[str] | None = None) -> None:
         """The weights as they were before `fuse_lora`, bit for bit: they were kept."""

@@ -74,17 +74,19 @@ class TextualInversion:
     ) -> None:
         """Removes tokens with all their vectors (None: all that were added) from the text encoders that have them.
         Raises ValueError for one that none has."""
-        wanted, found = [tokens] if isinstance(tokens, str) else tokens, set()
+        wanted = [tokens] if isinstance(tokens, str) else tokens
+        found: dict[Pair, list[str]] = {}
         for words, encoder in self._pairs(tokenizer, text_encoder).values():
             added = {} if None in (words, encoder) else words.added_tokens_decoder
             added = [str(token) for i, token in added.items() if not token.special and i >= words.vocab_size]
             mine = added if wanted is None else [one for word in wanted for one in all_vectors(word, added)]
-            if mine:
-                removed, rows = words.remove_tokens(mine), encoder.get_input_embeddings().weight.data
-                encoder.set_token_rows(rows[[i for i in range(len(rows)) if i not in removed]])
-            found.update(mine)
-        if missing := [one for one in wanted or () if one not in found]:
+            found |= {(words, encoder): mine} if mine else {}
+        there = {one for mine in found.values() for one in mine}
+        if missing := [one for one in wanted or () if one not in there]:
             raise ValueError(f"tokens has {', '.join(missing)}, which no tokenizer was given")
+        for (words, encoder), mine in found.items():
+            removed, rows = words.remove_tokens(mine), encoder.get_input_embeddings().weight.data
+            encoder.set_token_rows(rows[[i for i in range(len(rows)) if i not in removed]])
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: CLIPTokenizer) -> str | list[str]:
         """The prompt with a token for each vector. Calls do it themselves."""
