@@ -253,7 +253,7 @@ MUTANTS = [
     (VAE, "decoder.up.{}.resample.conv", "decoder.up.{}.resample"),
     (CLIP, '("layer_norm1", "norm1")', '("layer_norm1", "norm2")'),
     (CLIP, '("mlp.fc2", "fc2")', '("mlp.fc2", "fc1")'),
-    (CLIP, '("embeddings.position_embedding", "position_embedding")', '("position_embedding", "position_embedding")'),
+    (CLIP, '("embeddings.token_embedding", "token_embedding")', '("token_embedding", "token_embedding")'),
 ]
 
 
