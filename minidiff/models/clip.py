@@ -17,6 +17,7 @@ from ..checks import check_tensors
 from ..loading.config import Config, Depth, Width
 from ..loading.model import Model
 from ..outputs import output
+from .layers import Linear
 from .unet import Attention
 
 
@@ -46,8 +47,8 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.attention = Attention(c.hidden_size, c.num_attention_heads, bias=True)
         self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.fc1 = Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = Linear(c.intermediate_size, c.hidden_size)
         self.quick_gelu = c.hidden_act == "quick_gelu"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def build(self, c: CLIPTextConfig) -> None:
         super().build(c)
-        self.text_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
+        self.text_projection = Linear(c.hidden_size, c.projection_dim, bias=False)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False

@@ -16,6 +16,7 @@ from ..loading.config import Config, Depth, Width
 from ..loading.model import Model
 from ..outputs import output
 from .clip import CLIPTextConfig, Layer, embedding
+from .layers import Linear
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,7 +101,7 @@ class CLIPVisionModelWithProjection(CLIPVisionModel):
 
     def build(self, c: CLIPVisionConfig) -> None:
         super().build(c)
-        self.visual_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
+        self.visual_projection = Linear(c.hidden_size, c.projection_dim, bias=False)
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> ProjectedVisionOutput:
         out = super().forward(pixel_values, output_hidden_states)

@@ -19,6 +19,7 @@ from ..loading.config import Config, Width
 from ..loading.model import Model
 from .clip import CLIPTextConfig
 from .clip_vision import CLIPVisionConfig, CLIPVisionModel
+from .layers import Linear
 
 CARE = 0.01  # what is added to the scores of a picture that is like a concept of special care
 
@@ -50,7 +51,7 @@ class StableDiffusionSafetyChecker(Model):
 
     def build(self, c: SafetyCheckerConfig) -> None:
         self.vision = CLIPVisionModel(c.vision)
-        self.visual_projection = nn.Linear(c.vision.hidden_size, c.projection_dim, bias=False)
+        self.visual_projection = Linear(c.vision.hidden_size, c.projection_dim, bias=False)
         self.concept_embeds = nn.Parameter(torch.ones(17, c.projection_dim))
         self.concept_embeds_weights = nn.Parameter(torch.ones(17))  # thresholds
         self.special_care_embeds = nn.Parameter(torch.ones(3, c.projection_dim))

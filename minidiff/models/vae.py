@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = through(level, x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -88,10 +88,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor, through: Through = call) -> Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for level in self.up:
             x = through(level, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
 class DiagonalGaussianDistribution:
