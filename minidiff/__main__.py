@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import inspect
 import json
 import re
 import sys
@@ -10,6 +9,14 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+import minidiff
+from minidiff.batch import draw_many
+from minidiff.command import arguments_of, draw, lay_out, load, preview_file, write
 
 BUNDLED = "tiny-emoji"
 DPM = "DPMSolverMultistepScheduler"
@@ -34,40 +41,92 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {  # the usual short names: a class, a
 }
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minidiff", description="Draw what a prompt says.")
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError where it would end the program: what is wrong may be one line of many."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def flags() -> Parser:
+    parser = Parser(prog="python -m minidiff", description="Draw what a prompt says.")
     parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
-    parser.add_argument("--model", help=f"a folder or a Hub id (default: {BUNDLED}, which comes with the package)")
+    parser.add_argument(
+        "--model", help=f"a folder, a Hub id, or a .safetensors (default: {BUNDLED}, which comes with the package)"
+    )
     parser.add_argument("--list", action="store_true", help=f"print what {BUNDLED} knows to draw, and stop")
-    parser.add_argument("--steps", type=int, help="of denoising (20 if bundled, else 50)")
-    parser.add_argument("--guidance", type=float, help="how far to follow the prompt (3 if bundled, else 7.5)")
+    parser.add_argument("--steps", type=int, help="of denoising (20 if bundled, else the pipeline's default)")
+    parser.add_argument("--guidance", type=float, help="how far to follow the prompt (3 if bundled, else as above)")
     parser.add_argument("--negative", metavar="PROMPT", help="what the picture should not show")
+    parser.add_argument("--image", metavar="FILE", help="a picture to begin with; a URL will do")
+    parser.add_argument("--mask", metavar="FILE", help="of --image, draw anew what is white here")
+    parser.add_argument("--strength", type=float, help="how far to leave --image, 0 to 1 (default: the pipeline's)")
+    net = "a ControlNet's folder, Hub id or file; may be given again, with a picture for each"
+    parser.add_argument("--control", metavar="MODEL", action="append", help=net)
+    parser.add_argument("--control-image", metavar="FILE", action="append", help="what it follows: edges, a depth, ...")
+    parser.add_argument("--refiner", metavar="MODEL", help="for XL: takes away the last fifth of the noise")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (%(default)s)")
-    parser.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's)")
-    parser.add_argument("--width", type=int, help="in pixels, a multiple of 8 (default: the model's)")
+    parser.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's, or --image's)")
+    parser.add_argument("--width", type=int, help="the same across")
     parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures, laid out in a grid (%(default)s)")
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the one that the model's folder names")
     parser.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best one here)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda")
     parser.add_argument("--variant", help='of the weight files, such as "fp16"')
+    checked = "with the model's safety checker, or without (default: with it, if there is one)"
+    parser.add_argument("--safety", action=argparse.BooleanOptionalAction, help=checked)
+    tiny = "a tiny VAE (madebyollin/taesd, for XL madebyollin/taesdxl), or own: the model's"
+    shows = "shows each step in OUTPUT.preview.png, which no safety checker sees, and which goes in the end"
+    parser.add_argument("--preview", metavar="MODEL", help=f"{tiny}; {shows}")
     parser.add_argument("--scale", type=int, help="enlarge each pixel (4 if bundled, else 1)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("minidiff.png"), help="a PNG (%(default)s)")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times"
+    )
+    parser.add_argument("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, so too")
+    lines = 'a JSONL file, whose lines are drawn: {"prompt": "a fox", "seed": 1}, and what else differs from the flags'
+    parser.add_argument("--prompts", metavar="FILE", help=lines)
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="of --prompts, drawn at once (%(default)s)")
+    where = "a PNG (minidiff.png), with --prompts a folder (pictures)"
+    parser.add_argument("-o", "--output", type=Path, help=where)
+    return parser
+
+
+def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
+    """Raises ValueError for what can't be meant."""
     args = parser.parse_args(arguments)
     args.model = BUNDLED if args.model is None else args.model
     args.bundled = args.model == BUNDLED and not Path(BUNDLED).is_dir()
-    steps, guidance, scale = (20, 3.0, 4) if args.bundled else (50, 7.5, 1)
+    args.folder = minidiff.bundled(BUNDLED) if args.bundled else args.model
+    args.sampler = SCHEDULERS.get(args.scheduler)
+    steps, guidance, scale = (20, 3.0, 4) if args.bundled else (None, None, 1)
     args.steps = steps if args.steps is None else args.steps
     args.guidance = guidance if args.guidance is None else args.guidance
     args.scale = scale if args.scale is None else args.scale
-    if not args.list and args.prompt is None:
+    args.output = Path("pictures" if args.prompts else "minidiff.png") if args.output is None else args.output
+    if not args.list and args.prompt is None and not args.prompts:
         parser.error("the following arguments are required: prompt")
+    if args.prompts and (args.prompt is not None or args.preview):
+        parser.error("argument --prompts: goes neither with another prompt nor with --preview")
+    if args.batch < 1 or (args.batch > 1 and args.prompts is None):
+        parser.error(f"argument --batch: {args.batch} must be 1 or more, beside --prompts")
+    for flag in ("mask", "strength"):
+        if vars(args)[flag] is not None and args.image is None and not args.prompts:
+            parser.error(f"argument --{flag}: needs --image")
+    if len(args.control or ()) != len(args.control_image or ()):
+        parser.error("argument --control-image: give one for each --control")
+    if args.refiner and args.mask:
+        parser.error("argument --refiner: would change what --mask keeps; leave one out")
+    if args.safety and args.preview:
+        parser.error("argument --preview: shows what --safety might hide; leave one out")
     if args.n < 1:
         parser.error(f"argument -n: {args.n} is less than 1")
     if args.scale < 1:
         parser.error(f"argument --scale: {args.scale} is less than 1")
     if not 0 <= args.seed < 2**64 - args.n:
         parser.error(f"argument --seed: {args.seed} must lie in 0..2^64 - {args.n + 1}")
+    if args.prompts:
+        return args
     if args.output.suffix.lower() != ".png" or not args.output.absolute().parent.is_dir():
         parser.error(f"argument -o: {args.output} must be a .png in a folder that exists")
     if problem := why_not_writable(args.output):
@@ -89,15 +148,13 @@ def why_not_writable(file: Path) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-
-    import torch  # after the arguments are known to be right: it takes its time
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    import minidiff
-    from minidiff.images import make_grid
+    parser, arguments = flags(), sys.argv[1:] if arguments is None else arguments
+    try:
+        args = parse(parser, arguments)
+    except ValueError as error:
+        parser.print_usage(sys.stderr)
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
 
     if args.list or args.bundled:
         known = json.loads((minidiff.bundled(BUNDLED) / "known.json").read_text(encoding="utf-8"))
@@ -105,54 +162,29 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Things: {', '.join(known['things'])}\nBackgrounds: {', '.join(known['colours'])}")
             print('One thing or two: "a fox and a cactus on a yellow background"')
             return 0
-        warn_of_unknown_words(f"{args.prompt} {args.negative or ''}", known["words"])
+
+    def checked(one: argparse.Namespace) -> argparse.Namespace:
+        if one.bundled:
+            warn_of_unknown_words(f"{one.prompt} {one.negative or ''}", known["words"])
+        return one
 
     device = args.device or next((d for d in ("cuda", "mps") if getattr(torch, d).is_available()), "cpu")
-    dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     try:
-        model = minidiff.bundled(BUNDLED) if args.bundled else args.model
-        pipe = minidiff.DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, variant=args.variant)
-        takes = inspect.signature(type(pipe).__call__).parameters
-        if "prompt" not in takes or "image" in takes:
-            what = "a picture" if "prompt" in takes else "no prompt"
-            raise ValueError(f"{args.model}: a {type(pipe).__name__} takes {what}; call it from Python")
-        if args.scheduler or args.karras:
-            name, keys = SCHEDULERS[args.scheduler] if args.scheduler else (type(pipe.scheduler).__name__, {})
-            keys = keys | ({"use_karras_sigmas": True} if args.karras else {})
-            pipe.scheduler = getattr(minidiff, name).from_config(pipe.scheduler.config, **keys)
-        pipe.to(device)
+        if args.prompts:  # a line's flags come after the command's
+            return draw_many(args, lambda line: checked(parse(parser, [*arguments, "--prompts=", *line])), device)
+        pipe, refiner = load(checked(args), device)
+        call = arguments_of(args, pipe)
         started = time.perf_counter()
-        images = pipe(
-            args.prompt,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            negative_prompt=args.negative,
-            num_images_per_prompt=args.n,
-            generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.n)],
-        ).images
+        images = draw(pipe, refiner, call)
         seconds = time.perf_counter() - started
+        picture = lay_out(images, args)
+        write(picture, args.output, {**vars(args), "scheduler": type(pipe.scheduler).__name__})
     except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:  # last: no CUDA
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-    picture = make_grid(images)
-    size = (picture.width * args.scale, picture.height * args.scale)
-    picture = picture.resize(size, resample=Image.Resampling.NEAREST)  # pixels stay sharp
-    settings = vars(args) | {"scheduler": type(pipe.scheduler).__name__}
-    chunks = PngInfo()
-    for key in ("prompt", "negative", "model", "scheduler", "steps", "guidance", "seed", "n"):
-        if settings[key] is not None:
-            chunks.add_itxt(key, str(settings[key]))
-    unfinished = args.output.with_name(f".{args.output.name}.tmp")  # whole or not at all
-    try:
-        picture.save(unfinished, format="png", pnginfo=chunks)
-        unfinished.replace(args.output.resolve())
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        print(f"error: {args.output} can't be written: {error}", file=sys.stderr)
-        return 1
+    finally:
+        if args.preview:
+            preview_file(args).unlink(missing_ok=True)
     print(f"{args.output} ({picture.width} x {picture.height}, {seconds / args.steps:.3f} s a step on {device})")
     if args.bundled:
         print(f"Drawn by the bundled {BUNDLED}; a real one: --model stable-diffusion-v1-5/stable-diffusion-v1-5")

@@ -13,9 +13,9 @@ OTHERS = "it is another line of systems than Stable Diffusion 1, 2 and XL"
 REASONS = {
     "Flax Onnx OpenVINO": "minidiff is PyTorch alone",
     "Quant BitsAndBytes GGUF TorchAo": "weights are float32, float16 or bfloat16 here, not quantized",
-    "ControlNet T2IAdapter MultiAdapter": "it belongs to networks that steer a UNet",
+    "ControlNet T2IAdapter MultiAdapter": "of networks that steer a UNet minidiff has ControlNetModel",
     "IPAdapter ImageProjection FaceId": "it belongs to pictures as prompts",
-    "Lora Peft TextualInversion LoaderMixin": "it belongs to adapters: wrap the layers of a network by hand",
+    "Lora Peft TextualInversion LoaderMixin": "pipelines of Stable Diffusion load adapters, minidiff.lora trains them",
     "AttnProcessor AttnAdded Attention": "attention is minidiff.models.unet.Attention here, without processors",
     "Video Animate Motion 3D Temporal I2VGen Wan CogV Mochi LTX Hunyuan": "minidiff draws pictures, no video",
     "Audio Music 1D Spectrogram": "minidiff draws pictures, no sound",
@@ -26,11 +26,10 @@ REASONS = {
 # Methods and attributes of its pipelines and models: what to do instead
 MISSING = {
     "enable_freeu": "minidiff has no FreeU; the UNet's up blocks, where it scales the skips, are in models/unet.py",
-    "from_single_file": "minidiff reads folders: from_pretrained",
     "fuse_qkv_projections": "nothing needs it: leave it out",
     "load_ip_adapter": "minidiff has no IP-Adapter",
-    "load_lora_weights": "minidiff reads no LoRA: wrap the layers of pipe.unet by hand",
-    "load_textual_inversion": "minidiff reads no embeddings: give prompt_embeds",
+    "enable_lora_hotswap": "delete_adapters, then load_lora_weights",
+    "set_lora_device": "adapters are where their layers are: pipe.to moves both",
     "upcast_vae": "give the VAE a dtype of its own: pipe.vae.to(torch.float32)",
 }
 KINDS = ("Pipeline", "Scheduler", "Model", "Output", "Tokenizer")

@@ -31,8 +31,12 @@ def unet_configs(draw, name):
         "up_block_types": tuple(draw(st.sampled_from(up)) for _ in widths),
         "flip_sin_to_cos": draw(st.booleans()),
         "freq_shift": draw(st.integers(0, 1)),
+        "resnet_time_scale_shift": draw(st.sampled_from(("default", "scale_shift"))),
     }
+    classes = [{}, {"num_class_embeds": 5}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}]
+    config |= draw(st.sampled_from(classes))
     if name == "UNet2DModel":
+        config["mid_block_type"] = draw(st.sampled_from(("UNetMidBlock2D", None)))
         config["attention_head_dim"] = draw(st.sampled_from((None, 4, 8)))
         config["add_attention"] = draw(st.booleans())
         config["downsample_padding"] = draw(st.integers(0, 1))
@@ -41,10 +45,15 @@ def unet_configs(draw, name):
     config["attention_head_dim"] = tuple(draw(st.sampled_from((1, 2, 4))) for _ in widths)
     config["transformer_layers_per_block"] = tuple(draw(st.integers(1, 2)) for _ in widths)
     config["use_linear_projection"] = draw(st.booleans())
+    config["mid_block_type"] = draw(st.sampled_from(("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)))
+    config["time_cond_proj_dim"] = draw(st.sampled_from((None, 6)))  # as in latent consistency models
     if draw(st.booleans()):  # as in XL: 6 numbers of 4 waves each, and 5 of pooled text
         config["addition_embed_type"] = "text_time"
         config["addition_time_embed_dim"] = 4
         config["projection_class_embeddings_input_dim"] = 6 * 4 + 5
+    elif draw(st.booleans()):  # as in AudioLDM: a vector beside the timestep
+        config |= {"class_embed_type": draw(st.sampled_from(("projection", "simple_projection")))}
+        config |= {"class_embeddings_concat": draw(st.booleans()), "projection_class_embeddings_input_dim": 7}
     return config
 
 
@@ -108,7 +117,14 @@ def inputs(data, model, batch, device="cpu"):
     arguments = {"sample": normal(config.in_channels, H, W)}
     if not isinstance(model, m.AutoencoderKL):
         arguments["timestep"] = torch.randint(0, 1000, (batch,), generator=generator).to(device)
+        kind, count = config.class_embed_type, config.num_class_embeds
+        if kind in ("identity", "projection", "simple_projection"):
+            arguments["class_labels"] = normal(config.time_dim if kind == "identity" else 7)
+        elif kind or count:
+            arguments["class_labels"] = torch.randint(0, count or 1000, (batch,), generator=generator).to(device)
     if isinstance(model, m.UNet2DConditionModel):
+        if config.time_cond_proj_dim:
+            arguments["timestep_cond"] = normal(config.time_cond_proj_dim)
         arguments["encoder_hidden_states"] = normal(data.draw(st.integers(2, 5)), config.cross_attention_dim)
         if config.addition_embed_type:
             arguments["added_cond_kwargs"] = {"text_embeds": normal(5), "time_ids": 100 * normal(6)}

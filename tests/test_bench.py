@@ -1,10 +1,15 @@
 """`python -m weights_compat.bench` measures both sides in processes of their own, and says what it was given wrong."""
 
+import json
 import re
 
 import pytest
+import torch
 
 from weights_compat import bench
+from weights_compat.manifests import narrow, read_manifest
+from weights_compat.random_folder import make_random_folder
+from weights_compat.sides import Inputs, Side
 
 
 def test_prints_a_row_for_each_part(tiny_sd_folder, capsys):
@@ -53,3 +58,22 @@ def test_measures_pipelines_without_words_too(tiny_ddpm_folder):
         "picture, 2 steps",
         "peak memory, MB",
     ]
+
+
+VAE = "VAE, decode one picture"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    {
+        "stable-diffusion-xl-base-1.0": ["text encoder, batch of 2", "text encoder 2, batch of 2", VAE],
+        "stable-diffusion-x4-upscaler": ["text encoder, batch of 2", VAE],
+        "ldm-text2im-large-256": ["bert, batch of 2", VAE],
+    }.items(),
+)
+def test_measures_what_a_system_has(name, parts, tmp_path):
+    make_random_folder(narrow(read_manifest(name)), tmp_path)
+    side = Side(False, tmp_path, json.loads((tmp_path / "model_index.json").read_text()), "cpu", torch.float32)
+    rows = bench.measure(side, Inputs("cpu", torch.float32, steps=2, seed=0))
+    both = {"load the pipeline", "UNet, batch of 2", "picture, 2 steps", "peak memory, MB"}
+    assert set(rows) == {*both, *parts} and min(rows.values()) > 0

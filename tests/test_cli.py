@@ -43,6 +43,30 @@ def test_writes_the_picture_that_python_draws(draw, tmp_path, capsys, tiny_sd_fo
         }
 
 
+def test_lora_and_embeddings(draw, tmp_path, tiny_sd_folder, capsys):
+    pipe = minidiff.DiffusionPipeline.from_pretrained(tiny_sd_folder)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("one", "two"):
+        parameters = minidiff.lora.add(pipe.unet, rank=2, adapter_name=name)
+        for parameter in parameters:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        pipe.save_lora_weights(tmp_path, minidiff.lora.state_dict(pipe.unet, name), weight_name=f"{name}.safetensors")
+    embedding = {"<new>": torch.randn(2, pipe.text_encoder.config.hidden_size, generator=generator)}
+    torch.save(embedding, tmp_path / "new.bin")
+    files = ("--lora", "one.safetensors:-0.5", "--lora", "two.safetensors", "--embedding", "new.bin")
+    assert draw(*files, "--negative", "<new>") == 0
+    pipe.set_adapters(["one", "two"], [-0.5, 1.0])
+    pipe.load_textual_inversion(embedding)
+    options = {"num_inference_steps": 2, "guidance_scale": 7.5, "negative_prompt": "<new>"}
+    expected = pipe("red apple", generator=generator.manual_seed(0), **options).images[0]
+    with Image.open(tmp_path / "minidiff.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
+        assert picture.text["lora"] == "['one.safetensors:-0.5', 'two.safetensors']"
+        assert picture.text["embedding"] == "['new.bin']"
+    assert draw("--lora", "nowhere.safetensors:1") == 1
+    assert "error: nowhere.safetensors: there is no such folder" in capsys.readouterr().err
+
+
 def test_grid_size_scale_and_scheduler(draw, tmp_path):
     assert draw("-n", "3", "--height", "24", "--width", "16", "--scale", "2", "--scheduler", "ddim") == 0
     with Image.open(tmp_path / "minidiff.png") as grid:
@@ -175,7 +199,7 @@ def test_a_picture_is_written_whole_or_not_at_all(draw, tmp_path, capsys, monkey
 
 
 def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch):
-    def overflow(self, prompt, **kwargs):
+    def overflow(self, prompt, num_inference_steps=50, guidance_scale=7.5, generator=None):
         raise FloatingPointError("the sample isn't finite after step 1")
 
     monkeypatch.setattr(minidiff.StableDiffusionPipeline, "__call__", overflow)

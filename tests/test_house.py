@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "weights_compat.verify": 5,
     "weights_compat.bench": 5,
+    "weights_compat.sides": 5,
+    "weights_compat.stages": 5,
     "weights_compat.manifests": 5,
     "weights_compat.random_folder": 5,
     "weights_compat": 0,
@@ -20,6 +22,7 @@ FLOORS = {
     "minidiff.missing": 0,
     "minidiff.checks": 0,
     "minidiff.outputs": 0,
+    "minidiff.lora": 0,  # a name that readers type, of layers alone
     "minidiff.loading": 1,
     "minidiff.models": 2,
     "minidiff.schedulers": 2,

@@ -142,6 +142,29 @@ def test_tiny_vae(more):
         ours.decode(x)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(48, 176), (200, 64), (136, 152)])
+def test_tiny_vae_in_tiles(size):
+    """At tiles of 64 pixels in place of 512, at the reference's overlap for both: an eighth would be one latent."""
+    reference, ours = twins("AutoencoderTiny", TINY)
+    x = noise(2, 3, *size)
+    for vae in (ours, reference):
+        vae.enable_tiling()
+        vae.enable_slicing()
+        vae.tile_sample_min_size, vae.tile_latent_min_size, vae.tile_overlap_factor = 64, 8, 0.25
+    latents = reference.encode(x).latents
+    assert difference(ours.encode(x).latents, latents) <= 5e-6
+    assert difference(ours.decode(latents).sample, reference.decode(latents).sample) <= 5e-6
+    assert ours.encode(x[:, :, :-4, :-4]).latents.shape == latents.shape  # where the reference fails
+    ours.disable_tiling()
+    assert difference(ours.encode(x).latents, latents) > 1e-3
+    ours.enable_tiling()
+    ours.tile_overlap_factor = 0.125
+    with pytest.raises(ValueError, match=r"tile_overlap_factor=0\.125 begin 56 apart and have 8 in common"):
+        ours.encode(x)
+    assert minidiff.AutoencoderTiny(**TINY).tile_latent_min_size == 64
+
+
 def test_tiny_vae_in_place_of_the_vae(tmp_path):
     pipes = both(make_folder("stable-diffusion-v1-5", tmp_path / "sd"))
     tiny = twins("AutoencoderTiny", TINY)[::-1]

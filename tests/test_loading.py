@@ -233,6 +233,28 @@ def test_components_at_the_root(tmp_path):
     assert sorted(wanted) == sorted(names)
 
 
+def test_several_models_at_the_root(tiny_sd_folder, tmp_path):
+    """Each writes the last one's config.json and weights over: the reference fills every network from what is left."""
+    flat = shutil.copytree(tiny_sd_folder, tmp_path / "flat")
+    for file in [*flat.glob("*/*")]:
+        file.replace(flat / file.name)
+    for folder in [folder for folder in flat.iterdir() if folder.is_dir()]:
+        folder.rmdir()
+    with pytest.raises(LoadError, match=r"flat: .*text_encoder.* have no folders: config\.json .* one model's alone"):
+        DiffusionPipeline.from_pretrained(flat)
+
+
+def test_a_scheduler_config_that_was_made_of_a_pipelines(tiny_sd_folder, tmp_path):
+    """`from_config(pipe.config)` and a save leave such a file: the reference drops what it doesn't know."""
+    index = json.loads((tiny_sd_folder / "model_index.json").read_text()) | {"image_encoder": [None, None]}
+    file = {"beta_start": 0.001, **index, "_class_name": "DDIMScheduler"}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(file))
+    with pytest.warns(UserWarning, match=r"scheduler_config\.json: .*unet.* belong to a pipeline, and are left out"):
+        ours = minidiff.DDIMScheduler.from_pretrained(tmp_path)
+    assert dict(ours.config) == dict(minidiff.DDIMScheduler(beta_start=0.001).config)
+    assert torch.equal(ours.betas, diffusers.DDIMScheduler.from_pretrained(tmp_path).betas)
+
+
 def test_no_such_folder():
     with pytest.raises(LoadError, match=r"\./nowhere: there is no such folder"):
         DiffusionPipeline.from_pretrained("./nowhere")

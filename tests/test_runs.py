@@ -430,8 +430,8 @@ def test_offloading_draws_the_same(pipe, switch):
 
 
 def test_methods_that_arent_there_are_told_on_classes_too():
-    with pytest.raises(AttributeError, match="has no 'from_single_file': minidiff reads folders"):
-        minidiff.StableDiffusionPipeline.from_single_file  # noqa: B018
+    with pytest.raises(AttributeError, match="has no 'load_ip_adapter': minidiff has no IP-Adapter"):
+        minidiff.StableDiffusionPipeline.load_ip_adapter  # noqa: B018
     with pytest.raises(AttributeError, match="did you mean from_pretrained"):
         minidiff.AutoencoderKL.from_pretrain  # noqa: B018
     assert not hasattr(minidiff.DDIMScheduler, "anything_else")

@@ -1,6 +1,7 @@
 """The safety checker and CLIP's pictures beside the reference's: the same pixels, scores, flags and black pictures."""
 
 import json
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -96,12 +97,20 @@ def test_pixels_of_what_is_no_picture():
         minidiff.CLIPImageProcessor(image_std=(0.0, 1.0, 1.0))
 
 
+def drawn(count=20):
+    """Pictures that the bundled model drew, out of those in README: every second one of their grid."""
+    with Image.open(Path(__file__).parents[1] / "notebooks/images/tiny_emoji_samples.png") as grid:
+        side = grid.width // 8
+        places = [(i % 8 * side, i // 8 * side) for i in range(0, 2 * count, 2)]
+        return [grid.convert("RGB").crop((left, top, left + side, top + side)) for left, top in places]
+
+
 @torch.no_grad()
-def test_scores_and_flags_of_200_pictures(checkers):
+def test_scores_and_flags_of_200_pictures_and_20_drawn_ones(checkers):
     ours, reference = checkers
-    seen = minidiff.CLIPImageProcessor()(list(pictures(200))).pixel_values
+    seen = minidiff.CLIPImageProcessor()([*pictures(200), *drawn(20)]).pixel_values
     flags, expected = [], []
-    for part in seen.split(50):
+    for part in seen.split(55):
         blank = np.ones((len(part), 2, 2, 3))
         flags += ours(part, blank)[1]
         expected += reference(part, list(blank))[1]
@@ -114,8 +123,11 @@ def test_scores_and_flags_of_200_pictures(checkers):
         assert (mine.concepts - concepts - care).abs().max() <= 5.1e-4
         exact = ours.visual_projection(ours.vision(part).pooler_output)
         assert difference(exact, embeds) <= 1e-5
+        for kinds in ("concept_embeds", "special_care_embeds"):
+            scores = cosine_distance(exact, getattr(ours, kinds))
+            assert (scores - cosine_distance(embeds, getattr(reference, kinds))).abs().max() <= 1e-5
     assert flags == expected
-    assert 20 < sum(flags) < 180
+    assert len(flags) == 220 and 20 < sum(flags[:200]) < 180 and 0 < sum(flags[200:]) < 20
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray, list])

@@ -40,6 +40,18 @@ def test_condition_unet(more):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", [{"num_class_embeds": 5}, {"class_embed_type": "simple_projection"}], ids=str)
+def test_class_beside_the_timestep(kind):
+    """AudioLDM's: no text, and in its place a vector."""
+    class_name, config = narrow_config("stable-diffusion-v1-5", "unet")
+    more = kind | {"class_embeddings_concat": True, "cross_attention_dim": config["block_out_channels"]}
+    reference, ours = twins(class_name, config | more | {"projection_class_embeddings_input_dim": 20})
+    labels = torch.tensor([4, 0]) if "num_class_embeds" in kind else noise(2, 20)
+    inputs = unet_inputs(config) | {"encoder_hidden_states": None, "class_labels": labels}
+    assert difference(ours(**inputs).sample, reference(**inputs).sample) <= BOUND
+
+
+@torch.no_grad()
 def test_guidance_scale_embedded():
     class_name, config = narrow_config("stable-diffusion-v1-5", "unet")
     reference, ours = twins(class_name, config | {"time_cond_proj_dim": 20})
@@ -98,6 +110,7 @@ def test_dropout_is_for_training_alone():
         {"transformer_layers_per_block": [1, [2], 1, 1], "reverse_transformer_layers_per_block": [1, 1, 1, 1]},
         {"cross_attention_dim": [24, 24]},
         {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        {"class_embeddings_concat": True},
     ],
 )
 def test_errors_name_the_key(more):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import minidiff
-from weights_compat import verify
+from weights_compat import stages, verify
 from weights_compat.manifests import narrow, read_manifest
 from weights_compat.random_folder import make_random_folder
+from weights_compat.sides import Inputs, Side
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def run(capsys):
     def call(*arguments):
         code = verify.main([*map(str, arguments), "--steps", "2"])
         out = capsys.readouterr().out
-        rows = re.finditer(r"^(.{44}) *(?:nan|[\d.e+-]+) .* (PASS|FAIL)\b", out, re.MULTILINE)
+        rows = re.finditer(r"^(.{52}) *(?:nan|[\d.e+-]+) .* (PASS|FAIL)\b", out, re.MULTILINE)
         return code, {row[1].strip(): row[2] for row in rows}, out
 
     return call
@@ -49,7 +50,15 @@ STAGES = {
     "stable-diffusion-v1-5": 18,
     "stable-diffusion-2-1": 16,
     "stable-diffusion-inpainting": 18,
-    "stable-diffusion-xl-base-1.0": 17,
+    "stable-diffusion-2-inpainting": 16,
+    "stable-diffusion-xl-base-1.0": 20,
+    "stable-diffusion-xl-refiner-1.0": 15,
+    "stable-diffusion-xl-1.0-inpainting-0.1": 20,
+    "stable-diffusion-x4-upscaler": 17,
+    "instruct-pix2pix": 18,
+    "ldm-celebahq-256": 8,
+    "ldm-text2im-large-256": 13,
+    "ncsnpp-celebahq-256": 7,
     "ddpm-butterflies-128": 9,
 }
 
@@ -142,6 +151,48 @@ def test_a_mistake_in_the_loop_alone_fails_at_the_picture(folder, run, monkeypat
     assert code == 1 and failing(verdicts) == {PICTURE}, out
 
 
+@pytest.mark.parametrize(("wrong", "stage"), [(0.9, "cut to [0, 1], plus 1"), (1.0, None)])
+def test_a_picture_of_score_sde_is_told_from_thousands(wrong, stage, run, monkeypatch):
+    finish = minidiff.ScoreSdeVePipeline.finish
+    monkeypatch.setattr(
+        minidiff.ScoreSdeVePipeline, "finish", lambda self, pictures, *args: finish(self, wrong * pictures, *args)
+    )
+    _, verdicts, out = run("ncsnpp-celebahq-256", "--random", "--sample", 64)
+    found = [name for name, verdict in verdicts.items() if verdict == "FAIL"]
+    assert found == ([f"ScoreSdeVePipeline: {stage}"] if stage else []), out
+
+
+def test_samples_of_another_size(run, tmp_path):
+    """The folder says the size, and so the pictures have it too."""
+    code, _, out = run("stable-diffusion-inpainting", "--random", "--sample", 8, "--keep", tmp_path / "kept")
+    assert code == 0, out
+    sizes = [json.loads((tmp_path / "kept" / name / "config.json").read_text()) for name in ("unet", "vae")]
+    assert [config["sample_size"] for config in sizes] == [8, 64]
+
+
+def test_texts_are_read_and_forgotten_before_the_network_is_asked(folder):
+    """At full size memory then holds the larger of the two."""
+    side = Side(False, folder, json.loads((folder / "model_index.json").read_text()), "cpu", torch.float32)
+    pipe = side.pipeline()
+    stages.draw(pipe, Inputs("cpu", torch.float32, steps=1, seed=0))
+    assert (pipe.text_encoder.device.type, pipe.unet.device.type) == ("meta", "cpu")
+
+
+def test_what_has_no_stage_is_said(tmp_path, run):
+    make_random_folder(narrow(read_manifest("stable-diffusion-v1-5")), tmp_path / "sd")
+    file = tmp_path / "sd" / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps({"_class_name": "SomePipeline", "unet": ["diffusers", "SomeModel"], "x": index["vae"]}))
+    (tmp_path / "sd" / "vae").rename(tmp_path / "sd" / "x")
+    code, verdicts, out = run(tmp_path / "sd")
+    assert code == 0 and set(verdicts) == {f"x: {label}" for label in VAE}
+    assert re.search(r"^unet +left out: minidiff has no SomeModel$", out, re.MULTILINE)
+    assert "left out: minidiff has no SomePipeline" in out
+
+
+VAE = ("encode, mean", "encode, log variance", "encode, sampled", "decode")
+
+
 def test_nan_on_both_sides_is_no_agreement():
     nan = [torch.tensor([1.0, float("nan")])]
     assert not verify.compare("x", 1.0, nan, nan).passed
@@ -177,6 +228,8 @@ def test_a_side_that_raises_fails_its_stage_and_the_others_run(parts, run, monke
         ["stable-diffusion-v1-5", "--random", "--small", "--full"],
         ["stable-diffusion-v1-5", "--small"],
         ["stable-diffusion-v1-5", "--random", "--steps", "0"],
+        ["stable-diffusion-v1-5", "--random", "--sample", "0"],
+        ["stable-diffusion-v1-5", "--sample", "8"],
         ["stable-diffusion-v1-5", "--random", "--dtype", "int8"],
         ["stable-diffusion-v1-5", "--random", "--device", "abacus"],
     ],

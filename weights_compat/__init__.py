@@ -1,6 +1,7 @@
 """Names of tensors: what the files on the Hub call them, and what minidiff does. Data, and nothing of torch."""
 
 from .clip import CLIP_TEXT, CLIP_VISION, SAFETY_CHECKER
+from .controlnet import CONTROLNET
 from .ldm_bert import LDM_BERT
 from .rules import Table
 from .unet import UNET_2D, UNET_2D_CONDITION
@@ -14,6 +15,7 @@ TABLES: dict[str, Table] = {
     "CLIPVisionModel": CLIP_VISION,
     "CLIPVisionModelWithProjection": CLIP_VISION,
     "StableDiffusionSafetyChecker": SAFETY_CHECKER,
+    "ControlNetModel": CONTROLNET,
     "LDMBertModel": LDM_BERT,
     "UNet2DConditionModel": UNET_2D_CONDITION,
     "UNet2DModel": UNET_2D,

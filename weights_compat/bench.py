@@ -12,15 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from .verify import BOUNDS, Inputs, Side, denoise, find_folder
+from .sides import Inputs, Side
+from .stages import TEXT_ENCODERS, VAES, call_arguments, parts_of, predict, random_latents, token_ids
+from .verify import BOUNDS, find_folder
 
 SIDES = {"reference": "diffusers", "minidiff": "minidiff"}
-PROMPT = "a photograph of an astronaut riding a horse"
 
 
 def measure(side: Side, inputs: Inputs) -> dict[str, float]:
@@ -36,15 +38,13 @@ def measure(side: Side, inputs: Inputs) -> dict[str, float]:
     pipes: list[Any] = []
     rows = {"load the pipeline": seconds(lambda: pipes.append(side.pipeline()))}
     (pipe,) = pipes
-    options: dict[str, Any] = {"num_inference_steps": inputs.steps, "generator": inputs.generator()}
-    calls: dict[str, Callable[[], Any]] = {"UNet, batch of 2": lambda: denoise(pipe.unet, inputs)}
-    if hasattr(pipe, "vae"):
-        asked = pipe.tokenizer([PROMPT, ""], padding="max_length", truncation=True, return_tensors="pt")
-        ids = asked.input_ids.to(inputs.device)
-        latents = inputs.randn(1, pipe.vae.config.latent_channels, *[pipe.unet.config.sample_size] * 2)
-        calls = {"text encoder, batch of 2": lambda: pipe.text_encoder(ids), **calls}
-        calls["VAE, decode one picture"] = lambda: pipe.vae.decode(latents)
-        options["prompt"] = PROMPT
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, encoder in parts_of(pipe, TEXT_ENCODERS).items():
+        calls[f"{name.replace('_', ' ')}, batch of 2"] = partial(encoder, token_ids(encoder, inputs)[:2])
+    calls["UNet, batch of 2"] = partial(predict, pipe.unet, inputs, (981, 1))
+    for vae in parts_of(pipe, VAES).values():
+        calls["VAE, decode one picture"] = partial(vae.decode, random_latents(vae, inputs))
+    options = call_arguments(pipe, inputs)
     calls[f"picture, {inputs.steps} steps"] = lambda: pipe(**options)
     with torch.no_grad():
         for name, call in calls.items():

@@ -1,10 +1,13 @@
 """A Hub folder with random weights, made from a manifest: what loads it loads the real one.
 
-Every parameter is random, norms' weights and biases too: one that lands in the wrong place changes the output.
+Every parameter is random, norms' weights and biases too: one that lands in the wrong place changes the output. Where
+names and shapes alone are asked for, sparse files do: all zeros, and no room on the disk.
 """
 
+import itertools
 import json
 import shutil
+import string
 import struct
 from collections.abc import Callable
 from math import prod
@@ -12,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from .clip_vocabulary import write_clip_tokenizer
 from .manifests import Manifest
+from .standard import write_files
 
-STEMS = {"transformers": "model", "stable_diffusion": "model", "diffusers": "diffusion_pytorch_model"}
+Make = Callable[[str, list[int]], torch.Tensor]
 
 
 def make_random_folder(manifest: Manifest, folder: Path, seed: int = 0) -> None:
@@ -28,15 +31,31 @@ def make_random_folder(manifest: Manifest, folder: Path, seed: int = 0) -> None:
     if (free := shutil.disk_usage(folder).free) < needed * 1.01:
         raise OSError(f"{folder}: {free / 1e9:.1f} GB are free, but the weights need {needed / 1e9:.1f} GB")
     generator = torch.Generator().manual_seed(seed)
-    for name in manifest.index:
-        if name.startswith("tokenizer"):
-            write_clip_tokenizer(folder / name)  # the vocabulary; the manifest has this folder's own settings
-    for path, values in manifest.files.items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    make_folder(manifest, folder, lambda name, shape: random(name, shape, generator))
+
+
+def make_folder(manifest: Manifest, folder: Path, make: Make | None = None) -> None:
+    """Writes the folder with the tensors that `make` gives for a name and a shape, or else with zeros."""
+    write_files(manifest.files, folder)
+    for name, spec in manifest.index.items():
+        if name.startswith("tokenizer") and spec[1] and spec[1].startswith("Bert"):
+            write_bert_tokenizer(folder / name)
     for component, shapes in manifest.tensors.items():
-        stem = STEMS[manifest.index[component][0]]
-        write_safetensors(folder / component / f"{stem}.safetensors", shapes, lambda *args: random(*args, generator))
+        stem = "diffusion_pytorch_model" if manifest.index[component][0] == "diffusers" else "model"
+        write_safetensors(folder / component / f"{stem}.safetensors", shapes, make)
+
+
+def write_bert_tokenizer(folder: Path, size: int = 30522) -> None:
+    """A vocabulary of the real one's size: the special tokens at their places, then characters, and each word of up to
+    three letters, as a word's beginning and as what follows in it."""
+    special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
+    tokens = [special.get(i, f"[unused{i}]") for i in range(1000)]
+    tokens += [*string.digits, *string.punctuation]
+    letters = string.ascii_lowercase
+    words = ("".join(word) for length in (1, 2, 3) for word in itertools.product(letters, repeat=length))
+    tokens += [f"{start}{word}" for word in words for start in ("", "##")]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(tokens[:size]) + "\n", encoding="utf-8")
 
 
 def random(name: str, shape: list[int], generator: torch.Generator) -> torch.Tensor:
@@ -51,7 +70,7 @@ def random(name: str, shape: list[int], generator: torch.Generator) -> torch.Ten
     return noise / prod(shape[1:]) ** 0.5  # a sum over this many inputs
 
 
-def write_safetensors(file: Path, shapes: dict[str, list[int]], make: Callable[[str, list[int]], torch.Tensor]) -> None:
+def write_safetensors(file: Path, shapes: dict[str, list[int]], make: Make | None) -> None:
     """safetensors.torch.save_file wants all tensors at once; the format is a length, a JSON header, and the bytes."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -62,5 +81,6 @@ def write_safetensors(file: Path, shapes: dict[str, list[int]], make: Callable[[
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     with open(file, "wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes.items():
+        for name, shape in shapes.items() if make else ():
             out.write(make(name, shape).numpy().data)
+        out.truncate(8 + len(text) + end)  # the hole, where nothing was written, takes no room

@@ -71,6 +71,10 @@ class Table:
         origin = self.origin(name)
         return origin and origin[0]
 
+    def knows(self, names: Iterable[str]) -> int:
+        """How many of a file's names are in the table."""
+        return sum(bool(self.places(name)) for name in names)
+
     def is_ignored(self, name: str) -> bool:
         return name in self.ignored
 

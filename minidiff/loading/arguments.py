@@ -44,6 +44,16 @@ LOADING: dict[str, tuple[Any, str]] = {
         ((None, False), "ONNX isn't supported; torch.onnx exports a loaded model"),
     ),
 }
+GIVE_CONFIG = "give config=, a folder or a Hub id with the configs"
+GIVE_SCHEDULER = "give scheduler="
+SINGLE_FILE = LOADING | {
+    **dict.fromkeys(("original_config", "original_config_file"), ((None,), GIVE_CONFIG)),
+    **dict.fromkeys(("image_size", "num_in_channels", "upcast_attention", "scaling_factor"), ((None,), GIVE_CONFIG)),
+    **dict.fromkeys(("scheduler_type", "prediction_type"), ((None,), GIVE_SCHEDULER)),
+    "config_revision": ((None,), "give config= a folder"),
+    "load_safety_checker": ((None, False), "give safety_checker= and feature_extractor="),
+    "device": ((None,), "give device_map="),
+}
 UPLOAD = "save, then upload the folder with huggingface_hub.upload_folder"
 SAVING: dict[str, tuple[Any, str]] = {
     "push_to_hub": ((None, False), UPLOAD),

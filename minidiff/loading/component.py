@@ -125,6 +125,10 @@ class Component(Pushable, metaclass=Explains):
             with replacing(Path(save_directory), {"": lambda old: self.replaced(old, files)}) as stages:
                 self.write_to(stages[""], files)
 
+    def parts(self, folder: Path) -> dict[Path, "Component"]:
+        """By folder, what a pipeline saves of it there: as a rule itself. (Several nets have a folder each.)"""
+        return {folder: self}
+
     @classmethod
     def replaced(cls, folder: Path, files: Files) -> set[str]:
         """The files in a component's folder that end with a save."""

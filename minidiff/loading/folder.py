@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
+
+from torch.nn import Module
 
 from .component import FORMAT_VERSION, REGISTRY, Component, check_save
 from .config import LoadError, read_json, write_json
-from .model import Model
 from .save import INDEX, replacing
 from .weights import Files, find_weights, wanted
 
@@ -35,10 +36,12 @@ def load_components(
     files: Files,
     expected: Collection[str],
     settings: Mapping[str, type],
+    read: Callable[[type[Component], Path, Files], Component] = lambda cls, folder, files: cls.read_from(folder, files),
 ) -> dict[str, Any]:
     """What `model_index.json` names: components, and `settings` (their types by name), which stand there as they are.
 
-    Those `given` aren't read. Raises LoadError for a name that isn't `expected`, and for an unknown class.
+    Those `given` aren't read; `read` reads one. Raises LoadError for a name that isn't `expected`, and for an unknown
+    class.
     """
     components: dict[str, Any] = {}
     to_read: dict[str, type[Component]] = {}
@@ -50,8 +53,9 @@ def load_components(
                 continue
             raise LoadError(f"{index_file}: {name} is not supported; supported: {', '.join(expected)}")
         if name in settings:
-            if type(spec) not in (settings[name], NoneType):
-                must = "true or false" if settings[name] is bool else f"a {settings[name].__name__}"
+            kinds = get_args(settings[name]) or (settings[name],)  # of `bool | None`, say
+            if type(spec) not in (*kinds, NoneType):
+                must = "true or false" if kinds[0] is bool else f"a {kinds[0].__name__}"
                 raise LoadError(f"{index_file}: {name}={spec!r} must be {must}")
             components[name] = spec
         elif spec == [None, None]:
@@ -70,7 +74,11 @@ def load_components(
     at_root = (root / "config.json").exists()  # the DDPM paper's own repositories have no folder for each component
     nested = {name for name, cls in to_read.items() if any((root / name / file).exists() for file in cls.files)}
     folders = {name: root if at_root and name not in nested else root / name for name in to_read}
-    models = [name for name, cls in to_read.items() if issubclass(cls, Model)]
+    models = [name for name, cls in to_read.items() if issubclass(cls, Module)]
+    if len(flat := [name for name in models if folders[name] == root]) > 1:
+        raise LoadError(
+            f"{root}: {', '.join(flat)} have no folders: config.json beside {INDEX} can be one model's alone"
+        )
     if files.variant and models and not any(find_weights(folders[name], files) for name in models):
         raise LoadError(f"{root}: no component has weights of the variant {files.variant!r}")
     for name, cls in to_read.items():
@@ -78,7 +86,7 @@ def load_components(
         if files.variant and name in models and not find_weights(folder, files):
             warnings.warn(f"{folder}: has no variant {files.variant!r}; its other weights are loaded", stacklevel=3)
             chosen = files._replace(variant=None)
-        components[name] = cls.read_from(folder, chosen)
+        components[name] = read(cls, folder, chosen)
     return components
 
 
@@ -99,10 +107,11 @@ def save_components(
     for name, component in components.items():
         index[name] = [None, None]
         if component is not None:
-            written[name] = component = getattr(component, "_orig_mod", component)  # torch.compile wraps it
+            component = getattr(component, "_orig_mod", component)  # torch.compile wraps it
             if REGISTRY.get(type(component).__name__) is not type(component):
                 raise TypeError(f"{name} is a {type(component).__name__}, which isn't minidiff's and can't be saved")
             index[name] = [component.library, type(component).__name__]
+            written |= {place.name: part for place, part in component.parts(Path(folder) / name).items()}
 
     def ends(part: Component) -> Callable[[Path], set[str]]:
         return lambda old: part.replaced(old, files)

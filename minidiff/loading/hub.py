@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .config import LoadError
 
@@ -52,6 +53,39 @@ def fetch(
         return Path(snapshot_download(str(path), allow_patterns=wanted, local_files_only=offline, **where))
     except Exception as error:  # requests', the cache's and the disk's: huggingface_hub has no one base for them
         raise LoadError(f"{path}: no such folder here, and not to be had from the Hub: {problem or error}") from error
+
+
+def fetch_file(
+    link: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    use_auth_token: str | bool | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool | None = False,
+    **where: Any,
+) -> Path:
+    """The file `link`, or the local copy of the Hub's file at that address, downloaded if need be.
+
+    An address is that of the file's page, or of its download: https://huggingface.co/org/name/blob/main/x.safetensors.
+    Keywords as those of `fetch`. Raises LoadError if there is no such file.
+    """
+    from huggingface_hub import constants, hf_hub_download
+
+    check_path(link, "pretrained_model_link_or_path", "a file or its address on the Hub")
+    if os.path.isfile(link):
+        return Path(link)
+    hosts = "|".join(map(re.escape, ("https://huggingface.co", "https://hf.co", constants.ENDPOINT)))
+    match = re.fullmatch(rf"(?:{hosts})/([\w.-]+/[\w.-]+)/(?:blob|resolve)/([^/?]+)/([^?]+)(\?.*)?", str(link))
+    if not match:
+        kind = "a folder: from_pretrained reads it" if os.path.isdir(link) else "no file, and no address of one"
+        raise LoadError(
+            f"{link}: {kind}. On the Hub it is such as https://huggingface.co/org/name/blob/main/x.safetensors"
+        )
+    where |= {"revision": revision or match[2], "token": use_auth_token if token is None else token}
+    try:
+        return Path(hf_hub_download(match[1], match[3], local_files_only=bool(local_files_only), **where))
+    except Exception as error:  # as in `fetch`
+        raise LoadError(f"{link}: not to be had from the Hub: {error}") from error
 
 
 def check_path(path: str | os.PathLike, argument: str, must: str) -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from weights_compat.rules import Table
 
 from ..checks import check_tensors
+from ..lora import adapted
 from .component import Configured
 from .config import Config, LoadError, read_json, write_json
 from .switches import Switches
@@ -23,6 +24,7 @@ class Model(Configured, Switches, nn.Module, abstract=True):
 
     table: ClassVar[Table]  # the Hub's names of its tensors, and ours
     weights: ClassVar[str] = "diffusion_pytorch_model"  # the stem of its file of weights
+    part: ClassVar[str] = ""  # what a file that holds a whole system has it as: weights_compat/single_file.py
     model_type: ClassVar[str] = ""  # what transformers calls it, whose configs have another header
     gradient_checkpointing = False
 
@@ -40,26 +42,45 @@ class Model(Configured, Switches, nn.Module, abstract=True):
 
     @classmethod
     def read_with(cls, folder: Path, files: Files, overrides: Mapping[str, Any]) -> Self:
+        model = cls.without_weights(folder, overrides)
+        return model.filled(read_weights(folder, files, cls.table, model.shapes(), cls.__name__))
+
+    @classmethod
+    def without_weights(cls, folder: Path, overrides: Mapping[str, Any]) -> Self:
+        """The network of the folder's config, on the meta device: no memory, no random first weights."""
         file = folder / "config.json"
         values = read_json(file)
         if values.get("_class_name", cls.__name__) != cls.__name__:
             raise LoadError(f"{file}: _class_name={values['_class_name']!r}, but a {cls.__name__} is asked for")
         config = cls.Config.read({**values, **overrides}, str(file))
-        with torch.device("meta"):  # no memory, no random first weights
-            model = cls(config)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        model.load_state_dict(read_weights(folder, files, cls.table, shapes, cls.__name__), assign=True)
-        return model.eval()
+        with torch.device("meta"):
+            return cls(config)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.named_parameters()}
+
+    def filled(self, tensors: Mapping[str, Tensor]) -> Self:
+        """This network with these weights, which are kept without a copy, ready to be run."""
+        self.load_state_dict(tensors, assign=True)
+        return self.eval()
 
     def write_to(self, folder: Path, files: Files) -> None:
-        tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}  # if compiled
-        self._check_saved(tensors)
+        if loose := list(dict.fromkeys(name for one in adapted(self) if not one.fused for name in one.adapters)):
+            raise ValueError(
+                f"this {type(self).__name__} has LoRA ({', '.join(loose)}) beside its weights, which no folder holds:"
+                " save_lora_weights, then unload_lora_weights; or fuse_lora, which makes it part of the weights"
+            )
+        tensors = self.checked_tensors()
         write_json(folder / "config.json", self.file_config())
         write_weights(tensors, self.weights, folder, files, self.table)
 
-    def _check_saved(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ValueError unless a network of this config, which is what loading builds, has just these tensors."""
+    def checked_tensors(self) -> dict[str, Tensor]:
+        """Its weights by our names, to be saved.
+
+        Raises ValueError unless a network of this config, which is what loading builds, has just these tensors.
+        """
         name = type(self).__name__
+        tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in self.state_dict().items()}  # if compiled
         with torch.device("meta"):
             shapes = {key: tensor.shape for key, tensor in type(self)(self.config).state_dict().items()}
         strange = [key for key in tensors if key not in shapes]
@@ -67,7 +88,7 @@ class Model(Configured, Switches, nn.Module, abstract=True):
             lacking = [key for key in shapes if key not in tensors]
             raise ValueError(
                 f"this {name} isn't what its config makes, and a folder of it couldn't be loaded. Without a place:"
-                f" {_few(strange)}. Missing: {_few(lacking)}. If layers were wrapped or replaced (LoRA's, say), merge"
+                f" {few(strange)}. Missing: {few(lacking)}. If layers were wrapped or replaced (LoRA's, say), merge"
                 " them first, or keep their tensors apart: model.state_dict() has them"
             )
         for key, tensor in tensors.items():
@@ -76,6 +97,7 @@ class Model(Configured, Switches, nn.Module, abstract=True):
                 raise ValueError(f"{key} of this {name} has shape {tuple(tensor.shape)}, {made}")
             if tensor.is_meta:
                 raise ValueError(f"{key} of this {name} is on the meta device: there is no value to save")
+        return tensors
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and takes the Hub's names and forms of tensors too."""
@@ -133,5 +155,6 @@ class Model(Configured, Switches, nn.Module, abstract=True):
         return next(self.parameters()).dtype
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first three of them, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"

@@ -57,7 +57,7 @@ def replacing(folder: Path, ends: Mapping[str, Callable[[Path], set[str]]]) -> I
                 with suppress(OSError):  # another save is about to use it
                     place.rmdir()
             raise
-        with _locked([folder]), _locked(_places(folder, journal)):
+        with locked([folder]), locked(_places(folder, journal)):
             os.replace(stages[""] / JOURNAL, folder / JOURNAL)
             _put_in_place(folder, journal)
 
@@ -66,9 +66,9 @@ def replacing(folder: Path, ends: Mapping[str, Callable[[Path], set[str]]]) -> I
 def reading(folder: Path) -> Iterator[None]:
     """Keeps savers waiting before their last step meanwhile, and first does that of one that was cut off."""
     while folder.is_dir():
-        with _locked([folder], shared=True):
+        with locked([folder], shared=True):
             index = read_json(folder / INDEX) if os.path.lexists(folder / INDEX) else {}
-            with _locked(_places(folder, filter(is_plain, index)), shared=True):
+            with locked(_places(folder, filter(is_plain, index)), shared=True):
                 if not (left := _journals(folder)):
                     yield
                     return
@@ -119,7 +119,7 @@ def _take_turn(folder: Path, stages: Mapping[str, Path]) -> ExitStack | None:
     with ExitStack() as stack, suppress(FileNotFoundError):
         for stage in stages.values():
             stage.mkdir(exist_ok=True)
-        held = stack.enter_context(_locked(stages.values()))
+        held = stack.enter_context(locked(stages.values()))
         # In this order: the last step of a save ends its stages before its journal
         if not _journals(folder) and all(os.path.samestat(os.fstat(fd), os.stat(at)) for at, fd in held.items()):
             return stack.pop_all()
@@ -133,14 +133,14 @@ def _empty(stages: Mapping[str, Path]) -> None:
 
 def _finish(folder: Path) -> None:
     """The last step of a save that was cut off, unless somebody else has done it meanwhile."""
-    with _locked([folder]):
+    with locked([folder]):
         if not os.path.lexists(folder / JOURNAL):
             return
         journal = read_json(folder / JOURNAL)
         for part, ends in journal.items():
             if not (part == "" or is_plain(part)) or not isinstance(ends, list) or not all(map(is_plain, ends)):
                 raise LoadError(f"{folder / JOURNAL}: {part!r}: {ends!r} isn't what a save writes there")
-        with _locked(_places(folder, journal)):
+        with locked(_places(folder, journal)):
             _put_in_place(folder, journal)
 
 
@@ -170,8 +170,11 @@ def _places(folder: Path, parts: Iterable[str]) -> set[str]:
 
 
 @contextmanager
-def _locked(places: Iterable[str | Path], shared: bool = False) -> Iterator[dict[str, int]]:
-    """Waits for the system's locks of folders and holds them: one alone, or with others who share them."""
+def locked(places: Iterable[str | Path], shared: bool = False, wait: bool = True) -> Iterator[dict[str, int]]:
+    """Waits for the system's locks of files or folders and holds them: one alone, or with others who share them.
+
+    Raises BlockingIOError where it may not `wait` and somebody else has one.
+    """
     with ExitStack() as stack:
         held: dict[str, int] = {}
         for place in sorted(map(os.path.realpath, places)) if fcntl else ():
@@ -181,7 +184,7 @@ def _locked(places: Iterable[str | Path], shared: bool = False) -> Iterator[dict
                 raise LoadError(f"{place}: permission denied") from None
             stack.callback(os.close, held[place])
             try:
-                fcntl.flock(held[place], fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+                fcntl.flock(held[place], (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise

@@ -3,12 +3,17 @@
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from weights_compat.standard import stranger
 
 from .config import LoadError, check_readable
 
@@ -19,35 +24,59 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name, tensors.get_tensor(name)
+            yield tensors
     except (SafetensorError, OSError) as error:  # OSError: a folder, say
         raise LoadError(f"{file}: not a whole safetensors file: {error}") from None
 
 
-def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            yield name, tensors.get_tensor(name)
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """What a safetensors file says besides its tensors; nothing for other files."""
+    check_readable(file)
+    if file.suffix != ".safetensors":
+        return {}
+    with _opened(file) as tensors:
+        return tensors.metadata() or {}
+
+
+def read_pickle(file: Path) -> Any:
+    """What a file of pickled tensors holds. Raises LoadError, with the file's name."""
+    check_readable(file)
     try:  # weights_only: no code in the file is run. Only torch's present format, a zip, can be mapped
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # pickle, zip and torch each have their own, and any byte of the file can be wrong
         problem = next(iter(str(error).splitlines()), type(error).__name__)
         raise LoadError(f"{file}: can't be read as a file of weights alone: {problem}") from None
+
+
+def _read_pickle(file: Path) -> Iterator[tuple[str, Tensor]]:
+    tensors = read_pickle(file)
+    for _ in range(2):  # what training libraries wrap around the weights
+        tensors = tensors["state_dict"] if isinstance(tensors, dict) and "state_dict" in tensors else tensors
     if not isinstance(tensors, dict):
         raise LoadError(f"{file}: must hold a dictionary of tensors, not {type(tensors).__name__}")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor")
+            looks = f"; looks like {what}" if (what := stranger(map(str, tensors))) else ""
+            raise LoadError(f"{file}: {name!r} is {type(tensor).__name__}, not a tensor{looks}")
         yield name, tensor
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] = MappingProxyType({})) -> None:
     """A safetensors file, with the mode that any new file gets. Raises OSError, with the file's name."""
     file.touch()
     mode = file.stat().st_mode  # save_file's own is 0600, whatever the umask says
     try:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        save_file(dict(tensors), file, metadata={"format": "pt", **header})
     except SafetensorError as error:
         raise OSError(f"{file}: can't be written: {error}") from None
     file.chmod(stat.S_IMODE(mode))
@@ -59,11 +88,11 @@ def to_ours(change: str, tensor: Tensor) -> Tensor:
         case ["same"]:
             return tensor
         case ["transpose"]:
-            return tensor.t()
+            return tensor.transpose(0, -1)
         case ["convolution"]:  # (out, in, 1, 1) -> (out, in). Biases, and files that have (out, in), are the same
             return tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
         case ["third", number]:  # (3 * out, in) -> (out, in)
-            return tensor.tensor_split(3)[int(number)]
+            return tensor.tensor_split(3)[int(number)] if tensor.ndim else tensor
     raise ValueError(f"change={change!r} is not known")
 
 

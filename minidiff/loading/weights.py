@@ -115,27 +115,45 @@ def read_weights(
             f"{folder}: no weights found; looked for {', '.join(candidates(files))}."
             f" It holds {', '.join(others) or 'no weight files at all'}"
         )
+    parts = _shards(file) if ".index." in file.name else [file]
+    named = ((part, name, tensor) for part in parts for name, tensor in read_tensors(part))
+    return fit(named, files.dtype, table, shapes, owner, file)
+
+
+def fit(
+    named: Iterable[tuple[Path, str, Tensor]],
+    dtype: torch.dtype | None,
+    table: Table,
+    shapes: Mapping[str, torch.Size],
+    owner: str,
+    file: Path,
+    prefix: str = "",
+) -> dict[str, Tensor]:
+    """The tensors of `shapes` under our names, out of those of files: every one, each of its shape, and no other.
+
+    `named` are the file, name and value of each; `prefix` stands before all names, and isn't the table's.
+    """
     tensors: dict[str, Tensor] = {}
-    dtype = files.dtype
-    for part in _shards(file) if ".index." in file.name else [file]:
-        for name, tensor in read_tensors(part):
-            if table.is_ignored(name):
-                continue
-            if not tensor.is_floating_point():
-                raise LoadError(f"{part}: the tensor {name} is {tensor.dtype}, not a floating-point type")
-            dtype = dtype or tensor.dtype
-            for ours, change in table.places(name) or [(name, "same")]:
-                if ours not in shapes:
-                    raise LoadError(f"{part}: the tensor {name} has no place in {owner} with this config")
-                if ours in tensors:
-                    raise LoadError(f"{part}: the tensor {name} comes twice, under two names or in two files")
-                changed = to_ours(change, tensor)
-                if changed.shape != shapes[ours]:
-                    made = f"; config.json makes it {tuple(shapes[ours])}"
-                    raise LoadError(f"{part}: the tensor {name} has shape {tuple(changed.shape)}{made}")
-                tensors[ours] = changed.to(dtype)  # no copy if it is that already
+    for part, name, tensor in named:
+        short = name.removeprefix(prefix)
+        if table.is_ignored(short):
+            continue
+        if not tensor.is_floating_point():
+            raise LoadError(f"{part}: the tensor {name} is {tensor.dtype}, not a floating-point type")
+        dtype = dtype or tensor.dtype
+        for ours, change in table.places(short) or [(short, "same")]:
+            if ours not in shapes:
+                raise LoadError(f"{part}: the tensor {name} has no place in {owner} with this config")
+            if ours in tensors:
+                raise LoadError(f"{part}: the tensor {name} comes twice, under two names or in two files")
+            changed = to_ours(change, tensor)
+            if changed.shape != shapes[ours]:
+                made = f"; config.json makes it {tuple(shapes[ours])}"
+                raise LoadError(f"{part}: the tensor {name} has shape {tuple(changed.shape)}{made}")
+            tensors[ours] = changed.to(dtype)  # no copy if it is that already
     if missing := [name for name in shapes if name not in tensors]:
-        raise LoadError(f"{file}: {len(missing)} tensors are missing, the first is {table.hub(missing[0])}")
+        first = f"{prefix}{table.hub(missing[0])}"
+        raise LoadError(f"{file}: {len(missing)} tensors are missing, the first is {first}")
     return tensors
 
 
@@ -143,15 +161,7 @@ def write_weights(tensors: Mapping[str, Tensor], stem: str, folder: Path, files:
     """Writes `tensors`, which have our names, under the Hub's: one file, or shards of `max_shard_size` and an index."""
     from huggingface_hub import split_torch_state_dict_into_shards  # takes its time, and most runs save nothing
 
-    parts: dict[str, dict[str, Tensor]] = {}
-    for ours, tensor in tensors.items():
-        hub, change = table.origin(ours)
-        parts.setdefault(hub, {})[change] = tensor.detach()
-    whole, places = {}, set()
-    for hub, changed in parts.items():
-        tensor = to_hub(changed).contiguous()
-        whole[hub] = tensor.clone() if tensor.data_ptr() in places else tensor  # files have no ties
-        places.add(tensor.data_ptr())
+    whole = as_written(tensors, table)
     dot = f".{files.variant}" if files.variant else ""
     pattern = f"{stem}{dot}{{suffix}}.safetensors"
     split = split_torch_state_dict_into_shards(whole, filename_pattern=pattern, max_shard_size=files.max_shard_size)
@@ -160,6 +170,22 @@ def write_weights(tensors: Mapping[str, Tensor], stem: str, folder: Path, files:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index{dot}.json", index)
+
+
+def as_written(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """The inverse of `fit`: the tensors of a file. Raises ValueError for one of ours that the table has no name for."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for ours, tensor in tensors.items():
+        if (origin := table.origin(ours)) is None:
+            raise ValueError(f"the tensor {ours} has no name in such a file")
+        hub, change = origin
+        parts.setdefault(hub, {})[change] = tensor.detach()
+    whole, places = {}, set()
+    for hub, changed in parts.items():
+        tensor = to_hub(changed).contiguous()
+        whole[hub] = tensor.clone() if tensor.data_ptr() in places else tensor  # files have no ties
+        places.add(tensor.data_ptr())
+    return whole
 
 
 def _shards(index_file: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from .bert_tokenizer import BertTokenizer
 from .clip import CLIPTextModel, CLIPTextModelWithProjection
 from .clip_images import CLIPImageProcessor
 from .clip_vision import CLIPVisionModel, CLIPVisionModelWithProjection
+from .controlnet import ControlNetModel, MultiControlNetModel
 from .ldm_bert import LDMBertModel
 from .safety_checker import StableDiffusionSafetyChecker
 from .tiny_vae import AutoencoderTiny
@@ -24,7 +25,9 @@ __all__ = [
     "CLIPTokenizer",
     "CLIPVisionModel",
     "CLIPVisionModelWithProjection",
+    "ControlNetModel",
     "LDMBertModel",
+    "MultiControlNetModel",
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
     "UNet2DModel",

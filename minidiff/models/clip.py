@@ -87,13 +87,28 @@ def embedding(rows: int, dim: int) -> nn.Embedding:
 class CLIPTextModel(Model):
     Config = CLIPTextConfig
     library, table, weights = "transformers", CLIP_TEXT, "model"
-    model_type = "clip_text_model"
+    model_type, part = "clip_text_model", "text_encoder"
 
     def build(self, c: CLIPTextConfig) -> None:
         self.token_embedding = embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.token_embedding
+
+    def resize_token_embeddings(self, new_num_tokens: int) -> nn.Embedding:
+        """So many tokens: the last ones go, or new ones come, with vectors at random."""
+        rows = self.token_embedding.weight.data
+        new = embedding(max(new_num_tokens - len(rows), 0), rows.shape[1]).weight.data
+        return self.set_token_rows(torch.cat([rows[:new_num_tokens], new.to(rows)]))
+
+    def set_token_rows(self, rows: Tensor) -> nn.Embedding:
+        """The vectors of all tokens, (vocab_size, hidden_size): the config follows."""
+        self.config = type(self.config).read({**self.config.explicit(), "vocab_size": len(rows)})
+        self.token_embedding.weight, self.token_embedding.num_embeddings = nn.Parameter(rows), len(rows)
+        return self.token_embedding
 
     def forward(
         self,
@@ -154,6 +169,8 @@ class CLIPTextModel(Model):
 
 class CLIPTextModelWithProjection(CLIPTextModel):
     """The text encoder and the linear map into the space that texts and pictures share. XL's second text encoder."""
+
+    part = "text_encoder_2"
 
     def build(self, c: CLIPTextConfig) -> None:
         super().build(c)

@@ -131,20 +131,25 @@ def check(c: "UNet2DConfig") -> None:
         c.require(c[key] == CHANNELS, key, f"be {CHANNELS} beside blocks with Skip in their names")
 
 
-def make_levels(c: "UNet2DConfig") -> tuple[list[nn.Module], list[nn.Module]]:
+def make_down(c: "UNet2DConfig") -> tuple[list[nn.Module], list[int]]:
     widths = c.block_out_channels
-    last, downs, ups, skips = len(widths) - 1, [], [], [widths[0]]
+    last, downs, skips = len(widths) - 1, [], [widths[0]]
     for level, (kind, width) in enumerate(zip(c.down_block_types, widths, strict=True)):
         downs.append(SkipDownBlock(c, skips[-1], width, "Attn" in kind, level == last))
         skips += [width] * (c.layers_per_block + (level < last))
+    return downs, skips
+
+
+def make_up(c: "UNet2DConfig", skips: list[int]) -> list[nn.Module]:
+    widths, ups = c.block_out_channels, []
     c_in = widths[-1]
-    for level, kind in zip(range(last, -1, -1), c.up_block_types, strict=True):
+    for level, kind in zip(range(len(widths) - 1, -1, -1), c.up_block_types, strict=True):
         inputs = []
         for _ in range(c.layers_per_block + 1):
             inputs.append(c_in + skips.pop())
             c_in = widths[level]
         ups.append(SkipUpBlock(c, inputs, c_in, "Attn" in kind, not level))
-    return downs, ups
+    return ups
 
 
 def denoise(unet: "UNet2DModel", sample: Tensor, temb: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ are scaled for the UNet already, so that its `scaling_factor` is 1.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from weights_compat.vae import AUTOENCODER_TINY
 
 from ..loading.config import MAX_LEVELS, Config, Width
+from ..noise import Generators
 from ..outputs import output
-from .vae import Autoencoder
+from .tiling import in_pasted_tiles
+from .vae import InParts
 
 Layers = tuple[Width, ...]
 
@@ -103,13 +106,16 @@ class TinyDecoder(nn.Module):
         return self.layers((x / 3).tanh() * 3) * 2 - 1  # latents beyond 3 are squeezed
 
 
-class AutoencoderTiny(Autoencoder):
+class AutoencoderTiny(InParts):
     """`encode` gives latents, `decode` a picture. Pictures are in [-1, 1] here."""
 
     Config = TinyConfig
     table = AUTOENCODER_TINY
+    tile_overlap_factor = 0.125
+    tile_sample_min_size = 512
 
     def build(self, c: TinyConfig) -> None:
+        self.tile_latent_min_size = self.tile_sample_min_size // self.factor
         self.encoder = TinyEncoder(c)
         self.decoder = TinyDecoder(c)
 
@@ -121,13 +127,20 @@ class AutoencoderTiny(Autoencoder):
     def encode(self, x: Tensor, return_dict: bool = True) -> TinyEncoderOutput | tuple[Tensor]:
         """Picture (B, in_channels, H, W) -> `.latents` (B, latent_channels, H / factor, W / factor)."""
         self._check(x, "x", self.config.in_channels)
-        latents = self.through(self.encoder, x)
+        sizes = {"size": self.tile_sample_min_size, "overlap": self.tile_overlap_factor, "scale": 1 / self.factor}
+        latents = self.in_parts(partial(self.through, self.encoder), x, partial(in_pasted_tiles, **sizes), most=0)
         return TinyEncoderOutput(latents) if return_dict else (latents,)
 
-    def decode(self, x: Tensor, return_dict: bool = True) -> TinyDecoderOutput | tuple[Tensor]:
-        """Latents (B, latent_channels, h, w) -> `.sample` (B, out_channels, h * factor, w * factor)."""
+    def decode(
+        self, x: Tensor, generator: Generators = None, return_dict: bool = True
+    ) -> TinyDecoderOutput | tuple[Tensor]:
+        """Latents (B, latent_channels, h, w) -> `.sample` (B, out_channels, h * factor, w * factor).
+
+        `generator` has its place in the reference's signature; this decoder draws nothing.
+        """
         self._check(x, "x", self.config.latent_channels)
-        picture = self.through(self.decoder, x)
+        sizes = {"size": self.tile_latent_min_size, "overlap": self.tile_overlap_factor, "scale": self.factor}
+        picture = self.in_parts(partial(self.through, self.decoder), x, partial(in_pasted_tiles, **sizes), most=0)
         return TinyDecoderOutput(picture) if return_dict else (picture,)
 
     def scale_latents(self, x: Tensor) -> Tensor:
@@ -138,10 +151,10 @@ class AutoencoderTiny(Autoencoder):
         """The way back."""
         return (x - self.config.latent_shift) * (2 * self.config.latent_magnitude)
 
-    def forward(self, sample: Tensor) -> TinyDecoderOutput:
+    def forward(self, sample: Tensor, return_dict: bool = True) -> TinyDecoderOutput | tuple[Tensor]:
         """Through the encoder and back, the latents rounded to bytes in between."""
         bytes_ = (self.scale_latents(self.encode(sample).latents) * 255).round()
-        return self.decode(self.unscale_latents(bytes_ / 255))
+        return self.decode(self.unscale_latents(bytes_ / 255), return_dict=return_dict)
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}

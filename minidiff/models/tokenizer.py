@@ -9,7 +9,7 @@ The `tokenizers` library does that work; this file reads and writes the Hub's fo
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -259,6 +259,31 @@ class CLIPTokenizer(Component):
 
     def get_vocab(self) -> dict[str, int]:
         return self._backend.get_vocab(with_added_tokens=True)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens that a text is searched for before it is cut into words, by their ids."""
+        return dict(sorted(self._backend.get_added_tokens_decoder().items()))
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        return {str(token): index for index, token in self.added_tokens_decoder.items()}
+
+    def add_tokens(self, new_tokens: str | Sequence[str], special_tokens: bool = False) -> int:
+        """Gives texts ids of their own, after all others, and returns how many had none. `special_tokens` are searched
+        for before lowercasing. A text encoder must learn of them: `resize_token_embeddings(len(tokenizer))`."""
+        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        return self._backend.add_special_tokens(tokens) if special_tokens else self._backend.add_tokens(tokens)
+
+    def remove_tokens(self, tokens: Collection[str]) -> list[int]:
+        """Takes back tokens that were added, and returns their ids. Later ids move up: an id is a row."""
+        removed = sorted(self.added_tokens_encoder[token] for token in tokens)
+        values = json.loads(self._backend.to_str())
+        values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] not in removed]
+        for token in values["added_tokens"]:
+            token["id"] -= sum(index < token["id"] for index in removed)
+        self._backend = Tokenizer.from_str(json.dumps(values))
+        return removed
 
     @classmethod
     def read_from(cls, folder: Path, files: Files | None = None) -> Self:

@@ -9,7 +9,7 @@ Read from top to bottom: small blocks first, the models last. B is the batch, C 
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from weights_compat.unet import UNET_2D_CONDITION
 
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
 from ..loading.model import Model
+from ..loading.single_file import OneFile
 from ..outputs import output
 from .layers import Linear, attention
 
@@ -36,6 +37,13 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: f
     angles = t[:, None].float() * exponent.exp()  # (B, half)
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=-1)
+
+
+def add(x: Tensor, residual: Tensor) -> Tensor:
+    """`x` (B, C, H, W) and what another network adds to it: one number for each pixel, or (B, C, 1, 1) for all."""
+    if residual.ndim != 4 or any(n not in (1, m) for n, m in zip(residual.shape, x.shape, strict=True)):
+        raise ValueError(f"a residual has shape {tuple(residual.shape)}, which can't be added to {tuple(x.shape)}")
+    return x + residual
 
 
 def default_groups(channels: int) -> int:
@@ -339,12 +347,18 @@ class UNetConfig(Config):
         waves = self.block_out_channels[0] // 2  # timestep_embedding divides by their number less freq_shift
         self.require(0 <= self.freq_shift < waves, "freq_shift", f"lie in 0..{waves - 1}")
         for key in ("down_block_types", "up_block_types"):
-            self.require(len(self[key]) == levels, key, f"name {levels} blocks, one for each of block_out_channels")
+            kinds = self.get(key, self.down_block_types)  # a ControlNet has no way up
+            self.require(len(kinds) == levels, key, f"name {levels} blocks, one for each of block_out_channels")
 
     @property
     def time_dim(self) -> int:
         """Of what the residual blocks read of the timestep."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def temb_dim(self) -> int:
+        """Of all that they read: AudioLDM's have the class beside the timestep, and not added to it."""
+        return 2 * self.time_dim if self.get("class_embeddings_concat") else self.time_dim
 
     def per_level(self, key: str) -> tuple[Any, ...]:
         """A key that is one value for all levels, or a list with one for each."""
@@ -387,6 +401,7 @@ class UNet2DConditionConfig(UNetConfig):
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     class_embed_type: Literal["timestep", "identity", "projection", "simple_projection", None] = None
+    class_embeddings_concat: bool = False
     time_cond_proj_dim: Width | None = None  # latent consistency models: waves of the guidance scale
 
     def __post_init__(self):
@@ -411,6 +426,9 @@ class UNet2DConditionConfig(UNetConfig):
         projected = self.class_embed_type in ("projection", "simple_projection")
         fits = not projected or 0 < (self.projection_class_embeddings_input_dim or 0) <= 2**20
         self.require(fits, "projection_class_embeddings_input_dim", "be given, for this class_embed_type")
+        classes = (self.class_embed_type or self.num_class_embeds) and self.addition_embed_type is None
+        fits = not self.class_embeddings_concat or classes
+        self.require(fits, "class_embeddings_concat", "be false without classes, and beside an addition_embed_type")
 
     def depth(self, level: int, layer: int, up: bool) -> int:
         """How many transformer blocks come after a layer."""
@@ -424,21 +442,28 @@ class UNet(Model, abstract=True):
     """What both networks share: the whole path from noisy sample to predicted noise. Subclasses name the attention."""
 
     def build(self, c: UNetConfig) -> None:
-        widths, groups = c.block_out_channels, c.norm_num_groups or default_groups(c.block_out_channels[0])
+        widths = c.block_out_channels
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_mlp = TimeMLP(self.waves_dim, c.time_dim, c.get("time_cond_proj_dim"))
         self.class_embedding = self.make_class_embedding()
         self.mid = None if c.mid_block_type is None else self.make_middle(len(widths) - 1)
-        self.down, self.up = map(nn.ModuleList, self.make_levels())
+        downs, skips = self.make_down()
+        self.down = nn.ModuleList(downs)
+        self.build_up(c, skips)
+
+    def build_up(self, c: UNetConfig, skips: list[int]) -> None:
+        """What comes after the middle. `skips`: the channels of every skip connection."""
+        widths, groups = c.block_out_channels, c.norm_num_groups or default_groups(c.block_out_channels[0])
+        self.up = nn.ModuleList(self.make_up(skips))
         self.norm_out = nn.GroupNorm(groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
-    def make_levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """All levels on the way down, and all on the way up."""
-        c, downs, ups = self.config, [], []
+    def make_down(self) -> tuple[list[nn.Module], list[int]]:
+        """All levels on the way down; and the channels of every skip connection, in the order of their making."""
+        c, downs = self.config, []
         widths, layers = c.block_out_channels, c.per_level("layers_per_block")
         last = len(widths) - 1
-        skips = [widths[0]]  # channels of every skip connection, in the order in which they are made
+        skips = [widths[0]]
         for level, (kind, width) in enumerate(zip(c.down_block_types, widths, strict=True)):
             resnets, attentions = [], []
             for i in range(layers[level]):
@@ -449,8 +474,14 @@ class UNet(Model, abstract=True):
             downsample = self.make_downsample(kind, width) if level < last else None
             skips += [width] if level < last else []
             downs.append(DownBlock(resnets, attentions, downsample))
+        return downs, skips
+
+    def make_up(self, skips: list[int]) -> list[nn.Module]:
+        """All levels on the way up."""
+        c, ups = self.config, []
+        widths, layers = c.block_out_channels, c.per_level("layers_per_block")
         c_in = widths[-1]
-        for level, kind in zip(range(last, -1, -1), c.up_block_types, strict=True):
+        for level, kind in zip(range(len(widths) - 1, -1, -1), c.up_block_types, strict=True):
             resnets, attentions = [], []
             for i in range(layers[level] + 1):  # one more than on the way down: for the level's input
                 resnets.append(self.make_resnet(c_in + skips.pop(), widths[level]))
@@ -458,13 +489,13 @@ class UNet(Model, abstract=True):
                     attentions.append(self.make_attention(level, i, up=True))
                 c_in = widths[level]
             ups.append(UpBlock(resnets, attentions, self.make_upsample(kind, c_in) if level else None))
-        return downs, ups
+        return ups
 
     def make_resnet(self, c_in: int, c_out: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResnetBlock:
         c = self.config
         scale_shift = c.resnet_time_scale_shift == "scale_shift"
         options = {"scale_shift": scale_shift, "dropout": c.dropout, "resample": resample}
-        return ResnetBlock(c_in, c_out, c.norm_num_groups, c.norm_eps, c.time_dim, **options)
+        return ResnetBlock(c_in, c_out, c.norm_num_groups, c.norm_eps, c.temb_dim, **options)
 
     def make_class_embedding(self) -> nn.Module | None:
         c = self.config
@@ -536,13 +567,24 @@ class UNet(Model, abstract=True):
             return self.class_embedding(labels)
         return self.class_embedding((self.waves(labels) if labels.ndim == 1 else labels).to(sample.dtype))
 
-    def denoise(self, sample: Tensor, temb: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        x = self.conv_in(sample)
+    def descend(self, x: Tensor, temb: Tensor, context: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """What conv_in makes -> every skip connection, and what comes out of the middle."""
         skips = [x]
         for block in self.down:
             skips += self.through(block, skips[-1], temb, context)
-        x = skips[-1] if self.mid is None else self.through(self.mid, skips[-1], temb, context)
+        return skips, skips[-1] if self.mid is None else self.through(self.mid, skips[-1], temb, context)
+
+    def denoise(
+        self,
+        sample: Tensor,
+        temb: Tensor,
+        context: Tensor | None = None,
+        residuals: tuple[Sequence[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W). `residuals` are added to the skips, and in the middle."""
+        skips, x = self.descend(self.conv_in(sample), temb, context)
+        if residuals is not None:
+            skips, x = [add(*pair) for pair in zip(skips, residuals[0], strict=True)], add(x, residuals[1])
         for block in self.up:
             n = len(block.resnets)
             skips, taken = skips[:-n], skips[-n:]
@@ -562,14 +604,8 @@ class UNet(Model, abstract=True):
             raise ValueError(f"sample has shape {tuple(sample.shape)}; height and width must be at least {self.factor}")
 
 
-class UNet2DConditionModel(UNet):
-    """Predicts the noise in latents, given text states (High-resolution image synthesis with latent diffusion, 3.3).
-
-    SD 1.x, SD 2.x, inpainting (9 input channels: latents, mask, masked picture) and, with `text_time`, SD XL.
-    """
-
-    Config = UNet2DConditionConfig
-    table = UNET_2D_CONDITION
+class ConditionUNet(UNet, abstract=True):
+    """What UNet2DConditionModel shares with ControlNetModel: attention that reads text, and what joins the timestep."""
 
     def build(self, c: UNet2DConditionConfig) -> None:
         super().build(c)
@@ -619,6 +655,48 @@ class UNet2DConditionModel(UNet):
             )
         return self.added_mlp(joined.to(sample.dtype))
 
+    def embed(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        states: Tensor | None,
+        class_labels: Tensor | None,
+        timestep_cond: Tensor | None,
+        added_cond_kwargs: dict[str, Tensor] | None,
+        others: dict[str, None],
+    ) -> Tensor:
+        """Checks what `forward` is given, and makes of it what the residual blocks read, (B, time_dim)."""
+        self.check(sample)
+        for name, value in others.items():
+            if name not in REFUSED:
+                raise TypeError(f"{name} is no argument of {type(self).__name__}")
+            if value is not None:
+                raise ValueError(f"{name} must be None: {REFUSED[name]}")
+        self.check_states(sample, states)
+        if timestep_cond is not None:
+            self.check_inputs(timestep_cond=timestep_cond)
+            dim = self.config.time_cond_proj_dim
+            if dim is None or timestep_cond.shape != (sample.shape[0], dim):
+                takes = "none, since it has no time_cond_proj_dim" if dim is None else (sample.shape[0], dim)
+                raise ValueError(f"timestep_cond has shape {tuple(timestep_cond.shape)}; this UNet takes {takes}")
+        temb, label = self.embed_timestep(sample, timestep, timestep_cond), self.embed_class(sample, class_labels)
+        temb = torch.cat([temb, label], dim=-1) if self.config.class_embeddings_concat else temb + label
+        if self.config.addition_embed_type == "text_time":
+            temb = temb + self.embed_added(sample, added_cond_kwargs)
+        elif added_cond_kwargs:
+            raise ValueError("added_cond_kwargs was given, but this UNet has no addition_embed_type: leave it out")
+        return temb
+
+
+class UNet2DConditionModel(ConditionUNet, OneFile):
+    """Predicts the noise in latents, given text states (High-resolution image synthesis with latent diffusion, 3.3).
+
+    SD 1.x, SD 2.x, inpainting (9 input channels: latents, mask, masked picture) and, with `text_time`, SD XL.
+    """
+
+    Config = UNet2DConditionConfig
+    table, part = UNET_2D_CONDITION, "unet"
+
     def forward(
         self,
         sample: Tensor,
@@ -628,6 +706,8 @@ class UNet2DConditionModel(UNet):
         *,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
         **others: None,
     ) -> UNetOutput | tuple[Tensor]:
@@ -638,29 +718,19 @@ class UNet2DConditionModel(UNet):
         `timestep` may be a number too; a compiled network is compiled anew for each of those, but not for tensors.
         `class_labels`, where the UNet has classes: (B,), or (B, n) where they are vectors.
         `timestep_cond` (latent consistency models alone): (B, time_cond_proj_dim).
-        `added_cond_kwargs` (XL alone): `text_embeds` (B, n) and `time_ids` (B, 6). `others`: arguments of the
-        reference that must be None here; an error says why.
+        `added_cond_kwargs` (XL alone): `text_embeds` (B, n) and `time_ids` (B, 6).
+        `down_block_additional_residuals`, `mid_block_additional_residual`: a ControlNet's, which are added to every
+        skip connection and to what comes out of the middle. `others`: arguments of the reference that must be None
+        here; an error says why.
         """
-        self.check(sample)
-        for name, value in others.items():
-            if name not in REFUSED:
-                raise TypeError(f"{name} is no argument of UNet2DConditionModel")
-            if value is not None:
-                raise ValueError(f"{name} must be None: {REFUSED[name]}")
-        states = encoder_hidden_states
-        self.check_states(sample, states)
-        if timestep_cond is not None:
-            self.check_inputs(timestep_cond=timestep_cond)
-            dim = self.config.time_cond_proj_dim
-            if dim is None or timestep_cond.shape != (sample.shape[0], dim):
-                takes = "none, since it has no time_cond_proj_dim" if dim is None else (sample.shape[0], dim)
-                raise ValueError(f"timestep_cond has shape {tuple(timestep_cond.shape)}; this UNet takes {takes}")
-        temb = self.embed_timestep(sample, timestep, timestep_cond) + self.embed_class(sample, class_labels)
-        if self.config.addition_embed_type == "text_time":
-            temb = temb + self.embed_added(sample, added_cond_kwargs)
-        elif added_cond_kwargs:
-            raise ValueError("added_cond_kwargs was given, but this UNet has no addition_embed_type: leave it out")
-        out = self.denoise(sample, temb, states)
+        states, down, mid = encoder_hidden_states, down_block_additional_residuals, mid_block_additional_residual
+        temb = self.embed(sample, timestep, states, class_labels, timestep_cond, added_cond_kwargs, others)
+        if (down is None) != (mid is None):
+            raise ValueError("down_block_additional_residuals and mid_block_additional_residual go together")
+        count = 1 + sum(len(block.resnets) + (block.downsample is not None) for block in self.down)
+        if down is not None and len(down) != count:
+            raise ValueError(f"down_block_additional_residuals are {len(down)}; this UNet has {count} skip connections")
+        out = self.denoise(sample, temb, states, None if down is None else (down, mid))
         return UNetOutput(out) if return_dict else (out,)
 
 
@@ -693,7 +763,6 @@ UNet2DConditionConfig.fixed = UNetConfig.fixed | {
     "timestep_post_act": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
-    "class_embeddings_concat": False,
 }
 UNet2DConditionConfig.inert = AVERAGED | {
     "addition_embed_type_num_heads": 'read for an addition_embed_type of "text" alone',
@@ -703,8 +772,6 @@ UNet2DConditionConfig.inert = AVERAGED | {
 REFUSED = {
     "attention_mask": "it hides pixels from one another, which no pipeline of Stable Diffusion does",
     "encoder_attention_mask": "the UNets were trained on states that see the padding; shorten the states",
-    "cross_attention_kwargs": "there are no attention processors; hooks or subclassed modules change the attention",
-    "down_block_additional_residuals": "this UNet takes no other network's residuals",
-    "mid_block_additional_residual": "this UNet takes no other network's residuals",
-    "down_intrablock_additional_residuals": "this UNet takes no other network's residuals",
+    "cross_attention_kwargs": "there are no attention processors; LoRA's scale is set by minidiff.lora.scaled",
+    "down_intrablock_additional_residuals": "they are a T2I-Adapter's, which this UNet doesn't take",
 }

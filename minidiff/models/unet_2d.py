@@ -108,8 +108,11 @@ class UNet2DModel(UNet):
         channels = c.block_out_channels[level]
         return PixelAttention(channels, channels // (c.attention_head_dim or channels), c.norm_num_groups, c.norm_eps)
 
-    def make_levels(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        return ncsnpp.make_levels(self.config) if self.config.progressive else super().make_levels()
+    def make_down(self) -> tuple[list[nn.Module], list[int]]:
+        return ncsnpp.make_down(self.config) if self.config.progressive else super().make_down()
+
+    def make_up(self, skips: list[int]) -> list[nn.Module]:
+        return ncsnpp.make_up(self.config, skips) if self.config.progressive else super().make_up(skips)
 
     def make_middle(self, level: int) -> MidBlock:
         c, channels = self.config, self.config.block_out_channels[level]

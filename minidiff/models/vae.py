@@ -6,7 +6,8 @@ blocks, without timesteps and without skip connections.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ from weights_compat.vae import AUTOENCODER_KL
 
 from ..loading.config import MAX_LEVELS, Config, Depth, Width
 from ..loading.model import Model
+from ..loading.single_file import OneFile
 from ..noise import Generators, randn_tensor
 from ..outputs import output
-from .tiling import in_tiles
+from .tiling import Network, in_tiles
 from .unet import AVERAGED, Downsample, MidBlock, PixelAttention, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm here; the UNet's residual blocks have 1e-5
@@ -195,28 +197,12 @@ class Autoencoder(Model, abstract=True):
             raise ValueError(f"{name} has shape {tuple(x.shape)}; {takes}")
 
 
-class AutoencoderKL(Autoencoder):
-    """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
+class InParts(Autoencoder, abstract=True):
+    """Less memory: `enable_slicing` takes one picture of a batch after another, `enable_tiling` one tile (see
+    tiling.py). A tile is `tile_sample_min_size` pixels or `tile_latent_min_size` latents wide and high."""
 
-    The latents come as the encoder makes them; pipelines apply `config.scaling_factor`.
-
-    `enable_slicing` takes one picture after another, `enable_tiling` one tile (see tiling.py): less memory for a batch,
-    and for a large picture. A tile is `tile_sample_min_size` pixels or `tile_latent_min_size` latents wide and high.
-    """
-
-    Config = AutoencoderConfig
-    table = AUTOENCODER_KL
     use_slicing = use_tiling = False
-    tile_overlap_factor = 0.25
-
-    def build(self, c: AutoencoderConfig) -> None:
-        self.encoder = Encoder(c, 2 * c.latent_channels)  # mean and log variance
-        self.decoder = Decoder(c)
-        n = c.latent_channels
-        self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if c.use_quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(n, n, 1) if c.use_post_quant_conv else nn.Identity()
-        self.tile_sample_min_size = c.sample_size[0] if isinstance(c.sample_size, tuple) else c.sample_size
-        self.tile_latent_min_size = self.tile_sample_min_size // self.factor
+    tile_overlap_factor: ClassVar[float]
 
     def enable_slicing(self) -> None:
         self.use_slicing = True
@@ -230,6 +216,32 @@ class AutoencoderKL(Autoencoder):
     def disable_tiling(self) -> None:
         self.use_tiling = False
 
+    def in_parts(self, network: Network, x: Tensor, tiled: Callable[[Network, Tensor], Tensor], most: int) -> Tensor:
+        """`network(x)`; `tiled(network, x)` where that is asked for and a side is longer than `most`."""
+        if self.use_slicing and x.shape[0] > 1:
+            return torch.cat([self.in_parts(network, one, tiled, most) for one in x.split(1)])
+        return tiled(network, x) if self.use_tiling and max(x.shape[2:]) > most else network(x)
+
+
+class AutoencoderKL(InParts, OneFile):
+    """`encode` gives a distribution over latents, `decode` a picture. Pictures are in [-1, 1] here.
+
+    The latents come as the encoder makes them; pipelines apply `config.scaling_factor`.
+    """
+
+    Config = AutoencoderConfig
+    table, part = AUTOENCODER_KL, "vae"
+    tile_overlap_factor = 0.25
+
+    def build(self, c: AutoencoderConfig) -> None:
+        self.encoder = Encoder(c, 2 * c.latent_channels)  # mean and log variance
+        self.decoder = Decoder(c)
+        n = c.latent_channels
+        self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if c.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(n, n, 1) if c.use_post_quant_conv else nn.Identity()
+        self.tile_sample_min_size = c.sample_size[0] if isinstance(c.sample_size, tuple) else c.sample_size
+        self.tile_latent_min_size = self.tile_sample_min_size // self.factor
+
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussianDistribution]:
         """Picture (B, in_channels, H, W) -> `.latent_dist` over (B, latent_channels, H / factor, W / factor)."""
         self._check(x, "x", self.config.in_channels)
@@ -240,8 +252,9 @@ class AutoencoderKL(Autoencoder):
                 f"x has shape {tuple(x.shape)}; height and width must be multiples of {self.factor}. Crop or resize it,"
                 f" to {fits} for example (VaeImageProcessor does that)"
             )
-        tiles = self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor, 1 / self.factor
-        moments = self._in_parts(lambda part: self.quant_conv(self.encoder(part, self.through)), x, tiles)
+        sizes = self.tile_sample_min_size, self.tile_latent_min_size
+        tiled = partial(in_tiles, sizes=sizes, overlap=self.tile_overlap_factor, scale=1 / self.factor)
+        moments = self.in_parts(lambda part: self.quant_conv(self.encoder(part, self.through)), x, tiled, sizes[0])
         posterior = DiagonalGaussianDistribution(moments)
         return EncoderOutput(posterior) if return_dict else (posterior,)
 
@@ -253,8 +266,9 @@ class AutoencoderKL(Autoencoder):
         `generator` has its place in the reference's signature; this decoder draws nothing.
         """
         self._check(z, "z", self.config.latent_channels)
-        tiles = self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor, self.factor
-        picture = self._in_parts(lambda part: self.decoder(self.post_quant_conv(part), self.through), z, tiles)
+        sizes = self.tile_latent_min_size, self.tile_sample_min_size
+        tiled = partial(in_tiles, sizes=sizes, overlap=self.tile_overlap_factor, scale=self.factor)
+        picture = self.in_parts(lambda part: self.decoder(self.post_quant_conv(part), self.through), z, tiled, sizes[0])
         return DecoderOutput(picture) if return_dict else (picture,)
 
     def forward(
@@ -267,14 +281,6 @@ class AutoencoderKL(Autoencoder):
         """Through the encoder and back: from a sample of the latents, or from their mode."""
         posterior = self.encode(sample).latent_dist
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
-
-    def _in_parts(self, network: Callable[[Tensor], Tensor], x: Tensor, tiles: tuple) -> Tensor:
-        """`network(x)`, picture by picture and tile by tile where that is asked for. `tiles`: see `in_tiles`."""
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([self._in_parts(network, one, tiles) for one in x.split(1)])
-        if self.use_tiling and max(x.shape[2:]) > tiles[0]:
-            return in_tiles(network, x, *tiles)
-        return network(x)
 
 
 # Keys that real checkpoints hold at one value alone

@@ -3,6 +3,11 @@
 from ..missing import getter
 from .auto import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 from .base import DiffusionPipeline
+from .controlnet import (
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+)
 from .depth import StableDiffusionDepth2ImgPipeline
 from .image_to_image import StableDiffusionImg2ImgPipeline
 from .image_variation import StableDiffusionImageVariationPipeline
@@ -16,6 +21,11 @@ from .text_to_image import StableDiffusionPipeline
 from .unconditional import DDIMPipeline, DDPMPipeline, PNDMPipeline
 from .upscale import StableDiffusionUpscalePipeline
 from .xl import StableDiffusionXLPipeline
+from .xl_controlnet import (
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
 from .xl_image_to_image import StableDiffusionXLImg2ImgPipeline
 from .xl_inpaint import StableDiffusionXLInpaintPipeline
 
@@ -35,6 +45,9 @@ __all__ = [
     "PNDMPipeline",
     "RePaintPipeline",
     "ScoreSdeVePipeline",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionImageVariationPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -42,6 +55,9 @@ __all__ = [
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLPipeline",

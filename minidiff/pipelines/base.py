@@ -5,6 +5,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, get_args, get_type_hints
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..missing import Explains, no_attribute
 from ..outputs import output
 from .memory import MemorySwitches, device_of
 from .run import Runs
+from .single_file import SingleFiles
 
 PIPELINES: dict[str, type["DiffusionPipeline"]] = {}  # by class name; each enters by being defined
 
@@ -36,7 +38,7 @@ class ImageOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
+class DiffusionPipeline(Runs, MemorySwitches, SingleFiles, Pushable, metaclass=Explains):
     """Base of the pipelines. A subclass's `__init__` names its components, and hands them to `register_modules`.
 
     `setting_names` are the arguments of `__init__`, kept as attributes, that are no components: flags, numbers.
@@ -117,17 +119,28 @@ class DiffusionPipeline(Runs, MemorySwitches, Pushable, metaclass=Explains):
         folder = fetch(pretrained_model_name_or_path, wanted, INDEX, **hub)
         index_file = folder / INDEX
         with reading(folder):
-            if cls is DiffusionPipeline:
-                cls = _class_named(read_json(index_file).get("_class_name"), str(index_file))
+            cls = cls.class_for(index_file)
             parameters = inspect.signature(cls).parameters
             arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
             check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
             found = load_components(index_file, given, files, tuple(parameters), cls.settings())
-        found = dict.fromkeys(cls.required()) | found | given
+        pipe = cls.made_of(found | given, index_file)
+        return pipe.to(device) if device else pipe
+
+    @classmethod
+    def class_for(cls, index_file: Path) -> type[Self]:
+        """This class; for `DiffusionPipeline` itself, which is none, the one that `model_index.json` names."""
+        if cls is not DiffusionPipeline:
+            return cls
+        return _class_named(read_json(index_file).get("_class_name"), str(index_file))
+
+    @classmethod
+    def made_of(cls, found: Mapping[str, Any], index_file: Path) -> Self:
+        """The pipeline of loaded parts. Raises LoadError where one lacks."""
+        found = dict.fromkeys(cls.required()) | found
         if missing := cls.missing(found):
             raise LoadError(f"{index_file}: doesn't name {missing}, which {cls.__name__} needs")
-        pipe = cls(**found)
-        return pipe.to(device) if device else pipe
+        return cls(**found)
 
     @classmethod
     def from_pipe(

@@ -117,7 +117,7 @@ def start_midway(scheduler: Any, timesteps: Tensor, strength: float, at_least: i
     left = min(int(n * strength), n)
     first = (n - left) * scheduler.order
     if first >= len(timesteps) or left < at_least:
-        raise ValueError(f"strength={strength} leaves none of {n} steps: it must be at least 1 / {n}")
+        raise ValueError(f"strength={strength} leaves none of {n} steps: take a larger one")
     scheduler.set_begin_index(first)
     return timesteps[first:]
 

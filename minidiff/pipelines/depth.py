@@ -93,7 +93,8 @@ class StableDiffusionDepth2ImgPipeline(StableDiffusion):
         named, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
         pictures = check_pictures("image", image, self.image_processor.preprocess(image), self.vae)
-        with self.running(guidance_scale=guidance_scale, clip_skip=clip_skip) as run:
+        settings = {"guidance_scale": guidance_scale, "clip_skip": clip_skip}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, None, None)
             timesteps = start_midway(run.scheduler, timesteps, strength)
             tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)

@@ -13,8 +13,7 @@ from ..image_processor import PipelineImageInput
 from ..noise import Generators, randn_tensor
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan, start_midway
-from .latents import check_pictures, picture_latents
-from .prompt import read_text
+from .latents import picture_latents
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, check_call
 
 
@@ -68,14 +67,18 @@ class StableDiffusionImg2ImgPipeline(StableDiffusion):
         )
         named, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
-        pictures = check_pictures("image", image, self.image_processor.preprocess(image), self.vae)
-        with self.running(guidance_scale=guidance_scale, clip_skip=clip_skip) as run:
+        pictures = self.read_pictures(image)
+        settings = {"guidance_scale": guidance_scale, "clip_skip": clip_skip}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = start_midway(run.scheduler, timesteps, strength)
             tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)
-            device, dtype = run._execution_device, run.unet.dtype
-            x0 = picture_latents(run.vae, pictures, B, generator, device, dtype)
-            noise = randn_tensor(x0.shape, generator, device, dtype)
-            tensors["latents"] = run.scheduler.add_noise(x0, noise, timesteps[:1])
-            latents = denoise(run, tensors, timesteps, told=read_text, callback=on_step, eta=eta, generator=generator)
+            tensors["latents"] = run.first_latents(pictures, B, timesteps[:1], generator)
+            latents = denoise(run, tensors, timesteps, told=run.told, callback=on_step, eta=eta, generator=generator)
             return run.finish(latents, output_type, return_dict)
+
+    def first_latents(self, pictures: Tensor, B: int, timestep: Tensor, generator: Generators) -> Tensor:
+        """The pictures' latents, noised to the level of `timestep`: (B, C, H, W)."""
+        device, dtype = self._execution_device, self.unet.dtype
+        x0 = picture_latents(self.vae, pictures, B, generator, device, dtype)
+        return self.scheduler.add_noise(x0, randn_tensor(x0.shape, generator, device, dtype), timestep)

@@ -19,7 +19,6 @@ from ..noise import Generators
 from .base import DiffusionPipeline
 from .denoise import Callback, Tensors, denoise, plan, start_midway
 from .latents import PLAIN, LatentsAs, check_pictures, encode_pictures, first_noise, repeated
-from .prompt import read_text
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, check_call
 
 Prepared = tuple[Tensor, Tensor, Tensor]
@@ -210,12 +209,13 @@ class StableDiffusionInpaintPipeline(Inpainting):
         height, width = self.size(height, width)
         crop = self._crop(image, mask_image, height, width, padding_mask_crop, output_type)
         pictures = self._pictures(image, mask_image, masked_image_latents, height, width, crop)
-        with self.running(guidance_scale=guidance_scale, clip_skip=clip_skip) as run:
+        settings = {"guidance_scale": guidance_scale, "clip_skip": clip_skip}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = start_midway(run.scheduler, timesteps, strength, at_least=1)
             tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)
             start = "noise" if strength == 1 or latents is not None else "noised picture"
-            options = {"told": read_text, "callback": on_step, "eta": eta, "generator": generator}
+            options = {"told": run.told, "callback": on_step, "eta": eta, "generator": generator}
             latents = run.draw_part(tensors, timesteps, pictures, B, start, latents, generator, options)
             result = run.finish(latents, output_type, return_dict)
         return self.put_back(result, image, mask_image, crop)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import lora
 from ..checks import check_number
 from ..image_processor import PipelineImageInput
 from ..noise import Generators
@@ -85,9 +86,11 @@ class StableDiffusionInstructPix2PixPipeline(StableDiffusion):
         named, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
         pictures = check_pictures("image", image, self.image_processor.preprocess(image), self.vae)
-        with self.running(guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale) as run:
+        settings = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, None, None)
-            tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)
+            with lora.scaled(1.0):  # as in the reference, the scale is the UNet's alone
+                tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)
             guided, device, dtype = run.do_classifier_free_guidance, run._execution_device, run.unet.dtype
             if guided:
                 uncond, text = tensors["prompt_embeds"].chunk(2)

@@ -85,7 +85,8 @@ class LatentConsistencyModelPipeline(LatentConsistency):
         named, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
         height, width = self.size(height, width)
-        with self.running(guidance_scale=guidance_scale, clip_skip=clip_skip) as run:
+        settings = {"guidance_scale": guidance_scale, "clip_skip": clip_skip}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             distilled = {"original_inference_steps": original_inference_steps}
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, None, **distilled)
             tensors, B = run.text_tensors(prompt, count, None, prompt_embeds, None)
@@ -139,7 +140,8 @@ class LatentConsistencyModelImg2ImgPipeline(LatentConsistency):
         named, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
         pictures = check_pictures("image", image, self.image_processor.preprocess(image), self.vae)
-        with self.running(guidance_scale=guidance_scale, clip_skip=clip_skip) as run:
+        settings = {"guidance_scale": guidance_scale, "clip_skip": clip_skip}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             distilled = {"original_inference_steps": original_inference_steps, "strength": strength}
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, None, **distilled)
             tensors, B = run.text_tensors(prompt, count, None, prompt_embeds, None)

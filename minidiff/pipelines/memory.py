@@ -67,9 +67,13 @@ class MemorySwitches:
             torch.empty(1, device=chosen)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={str(device)!r} can't be used here: {str(error).splitlines()[0]}") from None
-        self._hooks, self._offload_device = how(self._models(), chosen), chosen
+        self._hooks, self._offload_device = how(self._teams(), chosen), chosen
         for model in self._models():
             model.computes_on = chosen
+
+    def _teams(self) -> list[list[nn.Module]]:
+        """The models; those that take turns at every step come and go together."""
+        return [[model] for model in self._models()]
 
 
 def device_of(model: Any, otherwise: torch.device | None = None) -> torch.device:
@@ -80,28 +84,29 @@ def device_of(model: Any, otherwise: torch.device | None = None) -> torch.device
     return getattr(model, "computes_on", None) or next(places, otherwise or torch.device("cpu"))
 
 
-def offload_models(models: list[nn.Module], device: torch.device) -> Handles:
-    """One model at a time is on the device: the next one that computes sends it back. Most of the speed stays."""
+def offload_models(teams: list[list[nn.Module]], device: torch.device) -> Handles:
+    """One team at a time is on the device: the next one that computes sends it back. Most of the speed stays."""
     here: list[nn.Module] = []
 
-    def bring(model: nn.Module) -> None:
-        if here != [model]:
+    def bring(team: list[nn.Module]) -> None:
+        if here != team:
             for other in here:
                 other.to("cpu")
-            here[:] = [model.to(device)]
+            here[:] = [model.to(device) for model in team]
 
-    for model in models:
-        model.to("cpu")
-    # VAEs compute through `encode` and `decode`, not `forward`: so every module calls for the whole model
-    pairs = [(model, module) for model in models for module in model.modules()]
-    return tuple(module.register_forward_pre_hook(lambda *_, model=model: bring(model)) for model, module in pairs)
+    pairs = []
+    for team in teams:
+        for model in team:
+            # VAEs compute through `encode` and `decode`, not `forward`: so every module calls for the whole model
+            pairs += [(team, module) for module in model.to("cpu").modules()]
+    return tuple(module.register_forward_pre_hook(lambda *_, team=team: bring(team)) for team, module in pairs)
 
 
-def offload_layers(models: list[nn.Module], device: torch.device) -> Handles:
+def offload_layers(teams: list[list[nn.Module]], device: torch.device) -> Handles:
     """One layer at a time is on the device, for as long as it computes: the least memory, and by far the slowest."""
 
     def layers() -> Iterator[nn.Module]:
-        for model in models:
+        for model in (model for team in teams for model in team):
             model.to("cpu")
             yield from (
                 module for module in model.modules() if next(module.parameters(recurse=False), None) is not None

@@ -1,6 +1,8 @@
 """Texts -> states: what the network reads of a prompt, and of what a picture should not show."""
 
+import itertools
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -48,12 +50,28 @@ def encode_texts(
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str], length: int | None = None) -> Tensor:
     """(texts, L): texts are cut, which is warned of, or padded to `length` tokens, by default the tokenizer's."""
-    length = length or tokenizer.model_max_length
+    length, texts = length or tokenizer.model_max_length, [with_all_vectors(text, tokenizer) for text in texts]
     for row in tokenizer(texts).input_ids:
         if len(row) > length:
             lost = tokenizer.decode(row[length - 1 : -1])
             warnings.warn(f"prompt is longer than {length} tokens; left out: {lost!r}", stacklevel=5)
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def with_all_vectors(text: str, tokenizer: CLIPTokenizer) -> str:
+    """A token of several vectors is a token for each: <cat> reads <cat> <cat>_1 <cat>_2. In the reference, and so here,
+    that holds for names without capitals: `tokenize` gives a token as it is searched for, which is in lower case."""
+    known = tokenizer.added_tokens_encoder
+    for token in dict.fromkeys(tokenizer.tokenize(text)):
+        if token in known:
+            text = text.replace(token, " ".join(all_vectors(token, known)))
+    return text
+
+
+def all_vectors(token: str, known: Collection[str]) -> list[str]:
+    """Of the tokens that are `known`, those of all its vectors."""
+    names = itertools.chain([token], (f"{token}_{i}" for i in itertools.count(1)))
+    return list(itertools.takewhile(known.__contains__, names))
 
 
 def encode_prompt(

@@ -19,6 +19,14 @@ class Runs:
     _num_timesteps: int = 0
     _stopped: bool = False
     _is_run: bool = False  # whether this is a call's view, rather than the pipeline
+    _whose: Self | None = None  # the pipeline of a view that `knowing` gives
+
+    def knowing(self, **facts: Any) -> Self:
+        """A view of the pipeline for a call that knows more than `__call__` takes: `facts` are its attributes. What
+        `running` keeps of that call, it keeps with the pipeline."""
+        view = copy.copy(self)
+        vars(view).update(facts, _whose=self)
+        return view
 
     @contextmanager
     def running(self, **settings: Any) -> Iterator[Self]:
@@ -28,22 +36,22 @@ class Runs:
 
         The pipeline's scheduler serves one run at a time, which it shows afterwards; any other has a twin of it.
         """
-        run, scheduler = copy.copy(self), self.scheduler
-        run._stopped, run._is_run = False, True
+        run, scheduler, pipe = copy.copy(self), self.scheduler, self._whose or self
+        run._stopped, run._is_run, run._whose = False, True, None
         vars(run).update({f"_{name}": value for name, value in settings.items()})
-        if not self._runs:
-            self._stopped = False
+        if not pipe._runs:
+            pipe._stopped = False
         mine = BUSY.setdefault(id(scheduler), run) is run
         run.scheduler = scheduler if mine else _twin(scheduler)
         BUSY[id(run.scheduler)] = run  # of a twin too: a run inside this one's callback takes a twin of that
-        self._runs.append(run)
+        pipe._runs.append(run)
         try:
             yield run
         finally:
-            self._runs.remove(run)
+            pipe._runs.remove(run)
             del BUSY[id(run.scheduler)]
         if not self._is_run:  # else a run inside a callback, which changes nothing for the outer one
-            vars(self).update({f"_{name}": getattr(run, f"_{name}") for name in (*settings, "num_timesteps")})
+            vars(pipe).update({f"_{name}": getattr(run, f"_{name}") for name in (*settings, "num_timesteps")})
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles, which run nothing yet
         return vars(self) | {"_runs": []}

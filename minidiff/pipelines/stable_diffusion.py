@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import lora
 from ..checks import as_integer, check_number
-from ..image_processor import VaeImageProcessor
+from ..image_processor import PipelineImageInput, VaeImageProcessor
 from ..images import check_finite_pictures, check_output_type, to_pil
 from ..loading.config import Config
 from ..models import (
@@ -29,11 +30,13 @@ from ..models import (
 )
 from ..outputs import output
 from ..schedulers.base import Sampler
+from .adapters import LoraSwitches
 from .base import DiffusionPipeline
 from .denoise import Tensors
-from .latents import PLAIN, LatentsAs, decode_latents
+from .latents import PLAIN, LatentsAs, check_pictures, decode_latents
 from .memory import device_of
-from .prompt import encode_prompt, guidance_waves
+from .prompt import encode_prompt, guidance_waves, read_text
+from .textual_inversion import TextualInversion
 
 BESIDE = {  # channels beside the latents in a UNet's input: what they are, and whose they are
     0: ("text alone", "StableDiffusionPipeline"),
@@ -53,7 +56,7 @@ class StableDiffusionPipelineOutput(NamedTuple):
     nsfw_content_detected: list[bool] | None
 
 
-class StableDiffusion(DiffusionPipeline):
+class StableDiffusion(LoraSwitches, TextualInversion, DiffusionPipeline):
     """Base of the pipelines. `scheduler` can be any of minidiff's, and be swapped between calls."""
 
     setting_names = ("requires_safety_checker",)
@@ -133,21 +136,20 @@ class StableDiffusion(DiffusionPipeline):
         clip_skip: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text states for the prompt and, with guidance, for its negative: (B, L, hidden_size) each, else None."""
-        if lora_scale is not None:
-            raise ValueError("lora_scale was given, but no LoRA is loaded: leave it out")
-        return encode_prompt(
-            self.tokenizer,
-            self.text_encoder,
-            torch.device(device or self._execution_device),
-            self.unet.dtype,
-            prompt,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            clip_skip,
-        )
+        with lora.scaled(lora_scale):
+            return encode_prompt(
+                self.tokenizer,
+                self.text_encoder,
+                torch.device(device or self._execution_device),
+                self.unet.dtype,
+                prompt,
+                num_images_per_prompt,
+                do_classifier_free_guidance,
+                negative_prompt,
+                prompt_embeds,
+                negative_prompt_embeds,
+                clip_skip,
+            )
 
     def text_tensors(
         self,
@@ -172,6 +174,14 @@ class StableDiffusion(DiffusionPipeline):
         joined = torch.cat([negative_states, states]) if guided else states  # (2B or B, L, C)
         tensors = {"prompt_embeds": joined, "negative_prompt_embeds": negative_states}
         return tensors | self.scale_tensors(len(states)), len(states)
+
+    def told(self, tensors: Tensors, x: Tensor, t: Tensor) -> dict[str, Any]:
+        """What the UNet is told at a step."""
+        return read_text(tensors, x, t)
+
+    def read_pictures(self, image: PipelineImageInput) -> Tensor:
+        """What a call begins with, as pictures (n, C, H, W) in [-1, 1]; or as latents, if it is a tensor of them."""
+        return check_pictures("image", image, self.image_processor.preprocess(image), self.vae)
 
     def scale_tensors(self, B: int) -> Tensors:
         """The guidance scale for a UNet that was distilled to read it, (B, time_cond_proj_dim)."""
@@ -246,8 +256,9 @@ def check_call(
     for name, value in adapter.items():
         if value is not None:
             raise ValueError(f"{name} was given, but minidiff has no IP-Adapter: leave it out")
-    if cross_attention_kwargs:
-        raise ValueError("cross_attention_kwargs was given, but nothing here reads it: leave it out")
+    if unknown := sorted((cross_attention_kwargs or {}).keys() - {"scale"}):
+        raise ValueError(f"cross_attention_kwargs has {', '.join(unknown)}; it may hold LoRA's scale alone")
+    check_number((cross_attention_kwargs or {}).get("scale", 1.0), 'cross_attention_kwargs["scale"]')
     if guidance_rescale and guidance_scale <= 1:
         warnings.warn("guidance_rescale has no effect: guidance_scale is 1 or less", stacklevel=4)
     count = as_integer(num_images_per_prompt, "num_images_per_prompt")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import lora
 from ..checks import check_tensors
 from ..images import to_output
 from ..models import (
@@ -107,8 +108,6 @@ class StableDiffusionXL(StableDiffusion):
         `prompt_2` and `negative_prompt_2` are for the second text encoder, by default the same texts. Without a
         `negative_prompt` the negatives are zeros, where `force_zeros_for_empty_prompt`.
         """
-        if lora_scale is not None:
-            raise ValueError("lora_scale was given, but no LoRA is loaded: leave it out")
         device, guided = torch.device(device or self._execution_device), do_classifier_free_guidance
         _check_pairs("prompt", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, needed=True)
         pooled_negative = pooled_own = negative_pooled_prompt_embeds
@@ -120,7 +119,9 @@ class StableDiffusionXL(StableDiffusion):
             warnings.warn("clip_skip has no effect beside prompt_embeds, which are taken as they are", stacklevel=4)
         states, pooled = prompt_embeds, pooled_prompt_embeds
         if prompt_embeds is None:
-            states, own = self._encode(as_texts("prompt", prompt), prompt_2, "prompt_2", device, clip_skip)
+            states, own = self._encode(
+                as_texts("prompt", prompt), prompt_2, "prompt_2", device, clip_skip, None, lora_scale
+            )
             pooled = own if pooled is None else pooled
         negative, zeros = negative_prompt_embeds, negative_prompt is None and self.force_zeros_for_empty_prompt
         if guided and negative is None and zeros:
@@ -135,7 +136,7 @@ class StableDiffusionXL(StableDiffusion):
             if len(texts) != len(states):
                 raise ValueError(f"negative_prompt has {len(texts)} texts for {len(states)} prompts")
             negative, own = self._encode(
-                texts, negative_prompt_2, "negative_prompt_2", device, None, length=states.shape[1]
+                texts, negative_prompt_2, "negative_prompt_2", device, None, states.shape[1], lora_scale
             )
             pooled_negative = own if pooled_negative is None else pooled_negative
         for name, one, other in (
@@ -158,7 +159,8 @@ class StableDiffusionXL(StableDiffusion):
         name_2: str,
         device: torch.device,
         clip_skip: int | None,
-        length: int | None = None,
+        length: int | None,
+        lora_scale: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Both encoders' states beside one another, (texts, L, n), and the pooled one, (texts, m)."""
         encoders = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
@@ -173,7 +175,8 @@ class StableDiffusionXL(StableDiffusion):
         # With one encoder (the refiner) that one reads the first texts
         for (tokenizer, encoder), own in zip(encoders, (texts, texts_2), strict=False):
             skip = check_clip_skip(clip_skip, encoder, most=encoder.config.num_hidden_layers - 1) or 0
-            out = encoder(token_ids(tokenizer, own, length).to(device_of(encoder)), output_hidden_states=True)
+            with lora.scaled(lora_scale):
+                out = encoder(token_ids(tokenizer, own, length).to(device_of(encoder)), output_hidden_states=True)
             parts.append(out.hidden_states[-(skip + 2)].to(device))  # before the last norm: XL was trained so
         return torch.cat(parts, dim=-1), out.text_embeds
 
@@ -189,6 +192,9 @@ class StableDiffusionXL(StableDiffusion):
         else:
             tensors = {"prompt_embeds": states, "add_text_embeds": pooled}
         return tensors | self.scale_tensors(len(states)), len(states)
+
+    def told(self, tensors: Tensors, x: Tensor, t: Tensor) -> dict[str, Any]:
+        return read_text_and_sizes(tensors, x, t)
 
     def time_ids(self, B: int, numbers: tuple[float, ...], negative: tuple[float, ...]) -> Tensor:
         """The micro-conditioning (SDXL, 2.2): (B, 6) or (B, 5); with guidance first the negatives', (2B, ...)."""

@@ -13,7 +13,6 @@ from ..noise import Generators
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan
 from .latents import first_latents
-from .prompt import read_text
 from .stable_diffusion import StableDiffusion, StableDiffusionPipelineOutput, check_call
 
 
@@ -83,12 +82,12 @@ class StableDiffusionPipeline(StableDiffusion):
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
         height, width = self.size(height, width)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
-        with self.running(**settings) as run:
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)
             factor = run.vae.factor
             shape = (B, run.unet.config.in_channels, height // factor, width // factor)
             device, dtype, sigma = run._execution_device, run.unet.dtype, run.scheduler.init_noise_sigma
             tensors["latents"] = first_latents(shape, generator, latents, device, dtype, sigma)
-            latents = denoise(run, tensors, timesteps, told=read_text, callback=on_step, eta=eta, generator=generator)
+            latents = denoise(run, tensors, timesteps, told=run.told, callback=on_step, eta=eta, generator=generator)
             return run.finish(latents, output_type, return_dict)

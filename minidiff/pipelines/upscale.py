@@ -102,7 +102,8 @@ class StableDiffusionUpscalePipeline(StableDiffusion):
         channels = self.unet.config.in_channels - self.vae.config.latent_channels
         if pictures.shape[1] != channels:
             raise ValueError(f"image has shape {tuple(pictures.shape)} as a tensor; it must have {channels} channels")
-        with self.running(guidance_scale=guidance_scale, clip_skip=clip_skip) as run:
+        settings = {"guidance_scale": guidance_scale, "clip_skip": clip_skip}
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run:
             timesteps = plan(run.scheduler, num_inference_steps, None, None)
             tensors, B = run.text_tensors(prompt, count, negative_prompt, prompt_embeds, negative_prompt_embeds)
             device, dtype = run._execution_device, run.unet.dtype

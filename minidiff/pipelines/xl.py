@@ -12,7 +12,7 @@ from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan, share, stop_at
 from .latents import first_latents
 from .stable_diffusion import check_call
-from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, as_pair, read_text_and_sizes
+from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, as_pair
 
 
 class StableDiffusionXLPipeline(StableDiffusionXL):
@@ -102,7 +102,8 @@ class StableDiffusionXLPipeline(StableDiffusionXL):
         texts = (prompt, prompt_2, negative_prompt, negative_prompt_2)
         states = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
-        with self.running(**settings, denoising_end=denoising_end) as run:
+        settings |= {"cross_attention_kwargs": cross_attention_kwargs, "denoising_end": denoising_end}
+        with self.running(**settings) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = stop_at(run.scheduler, timesteps, denoising_end)
             tensors, B = run.text_tensors(texts, states, count)
@@ -111,5 +112,5 @@ class StableDiffusionXLPipeline(StableDiffusionXL):
             shape = (B, run.unet.config.in_channels, height // factor, width // factor)
             sigma = run.scheduler.init_noise_sigma
             tensors["latents"] = first_latents(shape, generator, latents, device, dtype, sigma)
-            options = {"told": read_text_and_sizes, "callback": on_step, "eta": eta, "generator": generator}
+            options = {"told": run.told, "callback": on_step, "eta": eta, "generator": generator}
             return run.finish(denoise(run, tensors, timesteps, **options), output_type, return_dict)

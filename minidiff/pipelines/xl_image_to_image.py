@@ -24,9 +24,9 @@ from ..noise import Generators, randn_tensor
 from ..schedulers.base import Scheduler
 from .base import DiffusionPipeline
 from .denoise import Callback, denoise, plan, share, start_at, start_midway, stop_at
-from .latents import check_pictures, first_noise, picture_latents
+from .latents import first_noise, picture_latents
 from .stable_diffusion import check_call
-from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, as_pair, read_text_and_sizes
+from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, as_pair
 
 Pair = tuple[int, int]
 
@@ -165,12 +165,12 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLOnPictures):
         )
         named, known = callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         on_step = Callback(callback_on_step_end, named, known, callback, callback_steps)
-        pictures = check_pictures("image", image, self.image_processor.preprocess(image), self.vae)
+        pictures = self.read_pictures(image)
         texts = (prompt, prompt_2, negative_prompt, negative_prompt_2)
         states = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
         parts = {"denoising_start": denoising_start, "denoising_end": denoising_end}
-        with self.running(**settings, **parts) as run:
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs, **parts) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = run.part(timesteps, strength, denoising_start, denoising_end)
             tensors, B = run.text_tensors(texts, states, count)
@@ -190,5 +190,5 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLOnPictures):
                 (target_size, negative_target_size),
                 (aesthetic_score, negative_aesthetic_score),
             )
-            options = {"told": read_text_and_sizes, "callback": on_step, "eta": eta, "generator": generator}
+            options = {"told": run.told, "callback": on_step, "eta": eta, "generator": generator}
             return run.finish(denoise(run, tensors, timesteps, **options), output_type, return_dict)

@@ -13,7 +13,7 @@ from .denoise import Callback, plan
 from .inpaint import Inpainting
 from .latents import LatentsAs
 from .stable_diffusion import check_call
-from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput, read_text_and_sizes
+from .stable_diffusion_xl import StableDiffusionXL, StableDiffusionXLPipelineOutput
 from .xl_image_to_image import StableDiffusionXLOnPictures
 
 
@@ -98,7 +98,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLOnPictures, Inpainting):
         states = (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
         settings = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale, "clip_skip": clip_skip}
         parts = {"denoising_start": denoising_start, "denoising_end": denoising_end}
-        with self.running(**settings, **parts) as run:
+        with self.running(**settings, cross_attention_kwargs=cross_attention_kwargs, **parts) as run:
             timesteps = plan(run.scheduler, num_inference_steps, timesteps, sigmas)
             timesteps = run.part(timesteps, strength, denoising_start, denoising_end, at_least=1)
             tensors, B = run.text_tensors(texts, states, count)
@@ -111,7 +111,7 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLOnPictures, Inpainting):
             )
             start = "noise" if strength == 1 or latents is not None else "noised picture"
             start = start if denoising_start is None else "picture"
-            options = {"told": read_text_and_sizes, "callback": on_step, "eta": eta, "generator": generator}
+            options = {"told": run.told, "callback": on_step, "eta": eta, "generator": generator}
             latents = run.draw_part(tensors, timesteps, pictures, B, start, latents, generator, options)
             result = run.finish(latents, output_type, return_dict)
         return self.put_back(result, image, mask_image, crop)

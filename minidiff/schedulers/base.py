@@ -7,10 +7,11 @@ The tables are float32 and stay on the CPU, where a lookup waits for no other de
 has to be fetched from there, so a loop that must not wait passes CPU tensors or Python numbers to `step`.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,7 +28,32 @@ Spacing = Literal["linspace", "leading", "trailing"]  # arXiv 2305.08891, table 
 
 @dataclass(frozen=True, eq=False)
 class SamplerConfig(Config):
-    """What all samplers' configs have in common: another sampler's keys are kept."""
+    """What all samplers' configs have in common: another sampler's keys are kept.
+
+    `renamed`: what other samplers' folders hold in a key, and what that becomes here.
+    """
+
+    renamed: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+
+    def __post_init__(self):
+        for key, names in self.renamed.items():
+            value = getattr(self, key)
+            object.__setattr__(self, key, names.get(value, value) if isinstance(value, str) else value)
+        super().__post_init__()
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str | None = None) -> Self:
+        """Leaves a pipeline's components and settings out, which stand where `pipe.config` was taken for its
+        scheduler's."""
+        parts = [key for key, value in values.items() if _is_part(value)]
+        if parts:
+            warnings.warn(
+                f"{where or cls.__name__}: {', '.join(parts)} belong to a pipeline, and are left out. Was its"
+                " scheduler.config meant? Then what isn't said here, the betas perhaps, is the default and wrong",
+                stacklevel=3,
+            )
+            values = {key: value for key, value in values.items() if key not in (*parts, *SETTINGS)}
+        return super().read(values, where)
 
     @classmethod
     def is_inert(cls, key: str) -> bool:
@@ -58,10 +84,16 @@ class SchedulerConfig(SamplerConfig):
 
 # Keys that no sampler here has, but that files on the Hub do
 FOREIGN = {
-    **dict.fromkeys(("noise_sampler_seed", "sigma_data", "sigma_schedule", "rho"), "other systems' samplers'"),
+    "noise_sampler_seed": "another system's sampler's",
     **dict.fromkeys(("tensor_format", "timestep_values"), "the Hub's oldest files': NumPy or PyTorch, and null"),
     "timesteps": "training scripts': the number of steps that they drew samples with",
 }
+SETTINGS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "add_watermarker", "requires_aesthetics_score")
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a pipeline's index says this of a component: its library and class, or twice null."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(word, str | None) for word in value)
 
 
 @output

@@ -56,7 +56,7 @@ class DPMSolver(SolverScheduler, abstract=True):
     def _split(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """What the model predicts, without the variance where it has learned one."""
         check_tensors(model_output=model_output, sample=sample)
-        learned = self.config.variance_type and self.config.prediction_type == "epsilon"
+        learned = self.config.own("variance_type") and self.config.prediction_type == "epsilon"
         return model_output[:, : sample.shape[1]] if learned else model_output
 
     def _read(self, predicted: Tensor, x: Tensor, i: int) -> Tensor:

@@ -39,6 +39,10 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         """Plans `num_inference_steps` intervals, over the first `num_train_timesteps` of the training's timesteps if
         given; or the descending `timesteps`. All but the first are visited twice: 2n - 1 model calls."""
         self._plan(num_inference_steps, device, timesteps, num_train_timesteps=num_train_timesteps)
+        if timesteps is not None:
+            # What image-to-image takes its strength of: right would be the intervals, as above. The reference's
+            # pipelines count the calls where timesteps are given, and begin later, or, at a half and less, nowhere
+            self.num_inference_steps = len(self.timesteps)
 
     def step(
         self,

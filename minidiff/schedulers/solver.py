@@ -9,7 +9,6 @@ A solver takes x0 or eps in the integral for a polynomial through the last few p
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from .sigma import GRIDS, SigmaScheduler, check_one_grid
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SolverConfig(SchedulerConfig):
-    """The keys of all solvers. `renamed`: what other solvers' folders hold in a key, and what that becomes here."""
+    """The keys of all solvers."""
 
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
     solver_order: Literal[1, 2, 3] = 2
@@ -39,13 +38,9 @@ class SolverConfig(SchedulerConfig):
     use_flow_sigmas: bool | None = False  # x = (1 - sigma) x0 + sigma eps (Flow matching, arXiv 2210.02747)
     flow_shift: Annotated[float, Range(1e-6, 1e6)] = 1.0
 
-    renamed: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     grids_in_flow: ClassVar[tuple[str, ...]] = ()  # grids spaced in sigma that can be read as flow's levels
 
     def __post_init__(self):
-        for key, names in self.renamed.items():
-            value = getattr(self, key)
-            object.__setattr__(self, key, names.get(value, value) if isinstance(value, str) else value)
         super().__post_init__()
         check_one_grid(self)
         for key in GRIDS if self.use_flow_sigmas else ():

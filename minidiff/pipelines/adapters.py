@@ -1,0 +1,222 @@
+"""What a pipeline does with LoRA: load, mix, switch off, fuse, save. What LoRA is stands in minidiff/lora.py.
+
+The state is the layers' own, so pipelines that share a network share its adapters.
+"""
+
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from .. import lora
+from ..checks import check_number
+from ..loading.adapters import LORA, find_file, match_lora, read_lora, write_lora
+from ..loading.arguments import DOWNLOADS, LOADING, check_keywords
+from ..loading.config import LoadError
+from ..loading.model import Model
+from .run import Runs
+
+FILE_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", *DOWNLOADS)
+
+
+def file_or_given(owner: str, source: Any, usual: tuple[str, ...], keywords: dict[str, Any], given: Any) -> Any:
+    """The file that a path and the keywords of a `load_...` mean; or the tensors that were given in its place."""
+    taken = check_keywords(keywords, LOADING, owner, FILE_ARGUMENTS)
+    if isinstance(source, given):
+        return source
+    safe = taken.pop("use_safetensors", None)
+    file = find_file(source, taken.pop("weight_name", None), usual, taken.pop("subfolder", None) or "", **taken)
+    if safe is not None and safe != (file.suffix == ".safetensors"):
+        raise LoadError(f"{file}: use_safetensors={safe} was asked for")
+    return file
+
+
+class LoraSwitches(Runs):
+    """LoRA, for the pipelines of Stable Diffusion."""
+
+    _cross_attention_kwargs: dict[str, Any] | None = None
+    _lora_loadable_modules: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")
+
+    @contextmanager
+    def running(self, *, cross_attention_kwargs: dict[str, float] | None = None, **settings: Any) -> Iterator[Self]:
+        """As in `Runs`; {"scale": ...} is what this call takes of all adapters."""
+        if cross_attention_kwargs and not self.get_active_adapters():
+            warnings.warn("cross_attention_kwargs has no effect: no LoRA is active", stacklevel=5)
+        scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        with super().running(**settings, cross_attention_kwargs=cross_attention_kwargs) as run, lora.scaled(scale):
+            yield run
+
+    @property
+    def cross_attention_kwargs(self) -> dict[str, Any] | None:
+        return self._cross_attention_kwargs
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **keywords: Any,
+    ) -> None:
+        """Reads a LoRA for the UNet and the text encoders; it alone is active then (`set_adapters` mixes several).
+
+        A file, a folder or Hub repository (`weight_name`, `subfolder`, huggingface_hub's keywords), or its tensors; of
+        diffusers, peft or kohya's scripts. Raises LoadError for a file that isn't one or doesn't fit, ValueError for
+        an argument; the pipeline is then as it was.
+        """
+        if hotswap:
+            raise ValueError("hotswap isn't supported: delete_adapters, then load")
+        known = {name for names in self.get_list_adapters().values() for name in names}
+        free = next(name for name in map("default_{}".format, range(len(known) + 1)) if name not in known)
+        name = free if adapter_name is None else adapter_name
+        lora.check_name(name, known)
+        source = file_or_given(type(self).__name__, pretrained_model_name_or_path_or_dict, LORA, keywords, Mapping)
+        tensors, header = (source, {}) if isinstance(source, Mapping) else read_lora(source)
+        where = "the given tensors" if isinstance(source, Mapping) else str(source)
+        models = self._with_adapters()
+        for component, pairs in match_lora(tensors, header, models, where).items():
+            lora.attach(models[component], name, pairs)
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        unet_lora_layers: nn.Module | Mapping[str, Tensor] | None = None,
+        text_encoder_lora_layers: nn.Module | Mapping[str, Tensor] | None = None,
+        text_encoder_2_lora_layers: nn.Module | Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: None = None,
+        safe_serialization: bool = True,
+        unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_2_lora_adapter_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes a file that `load_lora_weights` takes here and in the reference.
+
+        Layers: a network with one adapter, or tensors under the Hub's names (`minidiff.lora.state_dict`). Metadata:
+        what peft's config says, where alpha isn't the rank.
+        """
+        layers = (unet_lora_layers, text_encoder_lora_layers, text_encoder_2_lora_layers)
+        says = (unet_lora_adapter_metadata, text_encoder_lora_adapter_metadata, text_encoder_2_lora_adapter_metadata)
+        tensors, header = {}, {}
+        for component, found, said in zip(cls._lora_loadable_modules, layers, says, strict=True):
+            found = lora.state_dict(found) if isinstance(found, nn.Module) else found or {}
+            tensors |= {f"{component}.{key}": tensor for key, tensor in found.items()}
+            header |= {f"{component}.{key}": value for key, value in (said or {}).items()}
+        if not tensors:
+            raise ValueError("unet_lora_layers, text_encoder_lora_layers, text_encoder_2_lora_layers: give one")
+        if save_function is not None or not safe_serialization:
+            raise ValueError("LoRA is saved as safetensors: leave out save_function and safe_serialization")
+        if is_main_process:
+            write_lora(save_directory, weight_name or LORA[0], tensors, header)
+
+    def set_adapters(
+        self, adapter_names: str | list[str], adapter_weights: float | dict | list[float | dict | None] | None = None
+    ) -> None:
+        """Makes these adapters active, and no other, each with its weight (1 if None).
+
+        A weight may be a dict by component, and the UNet's one by blocks, as in the reference: {"unet": {"mid": 0.5,
+        "down": 0, "up": {"block_0": [0.1, 0.2, 0.3]}}, "text_encoder": 0.5}. What isn't named has 1.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        self._check_loaded(names)
+        if len(weights) != len(names):
+            raise ValueError(f"adapter_weights has {len(weights)} for {len(names)} adapter_names")
+        strengths = {}
+        for component, model in self._with_adapters().items():
+            for name, weight in zip(names, weights, strict=True):
+                own = weight.get(component) if isinstance(weight, Mapping) else weight
+                for _, hub, layer in lora.layers(model):
+                    if isinstance(layer, lora.Adapted) and name in layer.adapters:
+                        strengths[layer.adapters[name]] = strength(hub, own)
+        for one, value in strengths.items():
+            one.strength = value
+        for model in self._with_adapters().values():
+            lora.activate(model, names)
+
+    def get_active_adapters(self) -> list[str]:
+        layers = (layer for model in self._with_adapters().values() for layer in lora.adapted(model))
+        return list(dict.fromkeys(name for layer in layers for name in layer.active))
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """All adapters of each component that has any."""
+        return {component: names for component, model in self._with_adapters().items() if (names := lora.names(model))}
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_loaded(names)
+        for name in names:
+            for model in self._with_adapters().values():
+                lora.remove(model, name)
+
+    def unload_lora_weights(self) -> None:
+        """Removes all adapters. What is fused stays in the weights."""
+        for model in self._with_adapters().values():
+            for name in lora.names(model):
+                lora.remove(model, name)
+
+    def disable_lora(self) -> None:
+        """Draws without adapters, which stay loaded. What was fused is taken out of the weights."""
+        self.unfuse_lora()
+        self._enable(False)
+
+    def enable_lora(self) -> None:
+        self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        for model in self._with_adapters().values():
+            for layer in lora.adapted(model):
+                layer.enabled = enabled
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: str | list[str] | None = None,
+    ) -> None:
+        """Adds `lora_scale` times the active adapters, or those of `adapter_names`, to the weights: calls take no
+        longer than without. `safe_fusing`: nothing is fused where a weight wouldn't stay finite."""
+        check_number(lora_scale, "lora_scale")
+        chosen = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_loaded(chosen or ())
+        for model in self._with_adapters(components).values():
+            lora.fuse(model, lora_scale, chosen, safe_fusing)
+
+    def unfuse_lora(self, components: list[str] | None = None) -> None:
+        """The weights as they were before `fuse_lora`, bit for bit: they were kept."""
+        for model in self._with_adapters(components).values():
+            lora.unfuse(model)
+
+    def _check_loaded(self, adapter_names: Collection[str]) -> None:
+        loaded = {name for names in self.get_list_adapters().values() for name in names}
+        if unknown := [str(name) for name in adapter_names if name not in loaded]:
+            there = ", ".join(sorted(loaded)) or "none"
+            raise ValueError(f"adapter_names has {', '.join(unknown)}; loaded: {there}")
+
+    def _with_adapters(self, components: list[str] | None = None) -> dict[str, Model]:
+        """The networks that can have adapters, or those of `components`."""
+        parts = {name: self.components.get(name) for name in components or self._lora_loadable_modules}
+        models = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # torch.compile wraps it
+        if components and (wrong := [name for name, model in models.items() if not isinstance(model, Model)]):
+            raise ValueError(f"components has {', '.join(wrong)}, which this pipeline has no LoRA for")
+        return {name: model for name, model in models.items() if isinstance(model, Model)}
+
+
+def strength(hub: str, weight: Any) -> float:
+    """What a `weight` of `set_adapters` says of the layer that the Hub calls `hub`."""
+    if isinstance(weight, Mapping):
+        if unknown := weight.keys() - {"down", "mid", "up"}:
+            raise ValueError(f"adapter_weights has the blocks {sorted(unknown)}; there are down, mid and up")
+        way, level, _, layer = [*hub.split(".", 4), "", "", ""][:4]
+        way = way.partition("_block")[0]
+        weight = weight.get(way) if way != "mid" or level == "attentions" else None
+        weight = weight.get(f"block_{level}") if isinstance(weight, Mapping) else weight
+        weight = weight[int(layer) if len(weight) > 1 else 0] if isinstance(weight, list) else weight
+    weight = 1.0 if weight is None else weight
+    check_number(weight, "adapter_weights")
+    return float(weight)
