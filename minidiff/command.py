@@ -42,7 +42,7 @@ def load(args: argparse.Namespace, device: str) -> tuple[Pipeline, Pipeline | No
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
     options = {"torch_dtype": dtype, "variant": args.variant}
     without = {"safety_checker": None} if args.safety is False else {}
-    if Path(args.folder).is_file() or "://" in str(args.folder):
+    if in_one_file(args.folder):
         pipe, refiner = Pipeline.from_single_file(args.folder, torch_dtype=dtype, **without), None
     else:
         pipe, refiner = Pipeline.from_pretrained(args.folder, **options, **without), None
@@ -88,9 +88,13 @@ def load_adapters(pipe: Pipeline, loras: list[str], embeddings: list[str]) -> No
 
 
 def load_net(place: str, dtype: torch.dtype) -> minidiff.ControlNetModel:
-    """Of a folder, a Hub id, or a single file."""
     net = minidiff.ControlNetModel
-    return (net.from_single_file if Path(place).is_file() else net.from_pretrained)(place, torch_dtype=dtype)
+    return (net.from_single_file if in_one_file(place) else net.from_pretrained)(place, torch_dtype=dtype)
+
+
+def in_one_file(place: str | Path) -> bool:
+    """Or at a file's address; else it is a folder or a Hub id."""
+    return Path(place).is_file() or "://" in str(place)
 
 
 def suited(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:

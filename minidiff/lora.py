@@ -178,7 +178,7 @@ def check_unfused(*models: nn.Module) -> None:
 
 
 def attach(model: nn.Module, name: str, pairs: Mapping[nn.Module, LowRank]) -> None:
-    """Gives each layer its adapter, which alone is active then, as in the reference."""
+    """Gives each layer its adapter, which alone is active in this network then, as in the reference."""
     for layer, one in pairs.items():
         if not isinstance(layer, Adapted):
             layer.__class__, layer.adapters = KINDS[type(layer)], nn.ModuleDict()
