@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -13,6 +14,22 @@ def check_tensors(**arguments) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, but is {value!r}")
+
+
+def check_named_tensors(tensors: Any, name: str) -> None:
+    """Raises a TypeError that names the argument unless it is a dictionary of tensors by texts."""
+    wrong = [key for key in tensors if not isinstance(key, str)] if isinstance(tensors, Mapping) else [tensors]
+    if wrong:
+        raise TypeError(f"{name} must be a dictionary of tensors by name; {wrong[0]!r:.100} is none, nor a name")
+    check_tensors(**tensors)
+
+
+def as_names(value: Any, name: str) -> list[str]:
+    """A name, or any number of them, as a list. A TypeError names the argument."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple | Set) or not all(isinstance(one, str) for one in names):
+        raise TypeError(f"{name} must be a name or a list of names, not {value!r:.100}")
+    return list(names)
 
 
 def as_integer(value: Any, name: str) -> int:

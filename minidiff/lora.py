@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import as_integer, as_names
+
 
 class _Call(threading.local):
     """What this thread's present call multiplies all adapters by: `cross_attention_kwargs={"scale": ...}`."""
@@ -110,15 +112,16 @@ def add(
     """Gives layers of a network an adapter, which changes nothing yet, and returns its parameters. All others freeze.
 
     `targets` are the ends of the layers' names, ours or the Hub's; by default those of every attention. A begins at
-    random and B at zero, as in the paper; alpha is the rank. Raises ValueError for an argument that doesn't fit.
+    random and B at zero, as in the paper; alpha is the rank. Raises TypeError or ValueError for an argument that
+    doesn't fit.
     """
-    if not isinstance(rank, int) or rank < 1:
+    if (rank := as_integer(rank, "rank")) < 1:
         raise ValueError(f"rank={rank!r} must be a whole number from 1")
+    targets, there = as_names(targets, "targets"), list(layers(model))
     check_name(adapter_name, names(model))
     check_unfused(model)
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     pairs, used = {}, set()
-    for ours, hub, layer in layers(model):
+    for ours, hub, layer in there:
         if ends := [end for end in targets if any(f".{name}".endswith(f".{end}") for name in (ours, hub))]:
             W = layer.weight
             A, B = torch.randn(rank, *W.shape[1:]) / rank, torch.zeros(len(W), rank, *[1] * (W.ndim - 2))
@@ -134,12 +137,12 @@ def add(
 
 def state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
     """An adapter's tensors under the Hub's names, B times alpha / r: what `save_lora_weights` writes."""
-    known = names(model)
+    there, known = list(layers(model)), names(model)
     adapter_name = known[0] if adapter_name is None and len(known) == 1 else adapter_name
     if adapter_name not in known:
         raise ValueError(f"adapter_name={adapter_name!r} is none of the network's: {', '.join(known) or 'it has none'}")
     tensors = {}
-    for _, hub, layer in layers(model):
+    for _, hub, layer in there:
         if isinstance(layer, Adapted) and adapter_name in layer.adapters:
             one = layer.adapters[adapter_name]
             tensors |= {f"{hub}.lora_A.weight": one.A.detach(), f"{hub}.lora_B.weight": one.B.detach() * one.scale}
@@ -147,7 +150,9 @@ def state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, T
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """The layers that can have adapters: our name, the Hub's, and the layer."""
+    """The layers that can have adapters: our name, the Hub's, and the layer. Raises TypeError for another's network."""
+    if not hasattr(model, "table"):
+        raise TypeError(f"LoRA is for minidiff's networks, such as pipe.unet, not for a {type(model).__name__}")
     for name, layer in model.named_modules():
         if type(layer) in KINDS or isinstance(layer, Adapted):
             name = name.replace("_orig_mod.", "")  # where torch.compile has wrapped a part

@@ -208,14 +208,48 @@ def test_adapters_mixed_off_fused_and_gone(sd):
 
 def test_weights_by_block(sd):
     weights = {"unet": {"down": 0.2, "mid": 0.0, "up": {"block_1": [0.1, 0.2, 0.3], "block_2": 4}}, "text_encoder": 0.3}
-    load(sd, write(sd[0], "peft", 4, chosen=attention), adapter_name="one")
+    load(sd, write(sd[0], "peft", 4, chosen=lambda hub: "_block" in hub or "text_model" in hub), adapter_name="one")
     base = compare(sd)
-    for weight in (weights, {"unet": {"up": 2, "mid": [0.5]}}):
+    for weight in (weights, {"unet": {"up": 2, "mid": [0.5], "down": [3.0, 0.0]}}, {"unet": None}):
         for pipe in sd:
             pipe.set_adapters("one", copy.deepcopy(weight))
-        compare(sd, base)
-    with pytest.raises(ValueError, match=r"adapter_weights has the blocks .*left"):
-        sd[0].set_adapters("one", {"unet": {"left": 1}})
+        compare(sd, base if weight["unet"] else None)
+        assert strengths(sd[0]) == {  # of convolutions too, and of blocks without attention
+            f"{component}.{name.removeprefix('text_model.')}": module.scaling["one"]
+            for component, model in models(sd[1]).items()
+            for name, module in model.named_modules()
+            if "one" in getattr(module, "scaling", ())
+        }
+
+
+def strengths(pipe):
+    return {
+        f"{component}.{hub.removeprefix('text_model.')}": layer.adapters["one"].strength
+        for component, model in models(pipe).items()
+        for _, hub, layer in lora.layers(model)
+        if isinstance(layer, lora.Adapted)
+    }
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ({"unet": {"down": {"block_1": [1, 2, 3]}}}, "['unet']['down']['block_1'] has 3 weights; it takes 2"),
+        ({"unet": {"up": [1, 2]}}, "['unet']['up']['block_1'] has 2 weights; it takes 3"),
+        ({"unet": {"mid": [1, 2]}}, "['unet']['mid'] has 2 weights; it takes 1"),
+        ({"unet": {"dwn": 1}}, "['unet'] has dwn; it may have mid, down, up"),
+        ({"unet": {"down": {"block_3": 1}}}, "['unet']['down'] has block_3; it may have block_0, block_1, block_2"),
+        ({"unett": 1, 5: 1}, " has unett, 5; it may have unet, text_encoder"),
+        ({"text_encoder": {"down": 1}}, "['text_encoder'] has down; it may have no parts"),
+        ({"unet": {"mid": float("nan")}}, "['unet']['mid']=nan must be finite"),
+    ],
+)
+def test_weights_without_a_place(sd, weight, message):
+    load(sd[:1], write(sd[0], "peft", 1), adapter_name="one")
+    sd[0].set_adapters("one", 0.5)
+    with pytest.raises(ValueError, match=re.escape(f"adapter_weights{message}")):
+        sd[0].set_adapters("one", weight)
+    assert {*strengths(sd[0]).values()} == {0.5}
 
 
 @pytest.mark.parametrize("system", ["sd", "xl"])
@@ -693,7 +727,7 @@ def test_arguments_that_do_not_fit(sd, tmp_path):
         (lambda: pipe.delete_adapters("two"), "adapter_names has two; loaded: one"),
         (lambda: pipe.fuse_lora(components=["vae"]), "components has vae"),
         (lambda: pipe.fuse_lora(adapter_names=["two"]), "adapter_names has two; loaded: one"),
-        (lambda: pipe(PROMPT, cross_attention_kwargs={"gligen": 1}), "cross_attention_kwargs has gligen"),
+        (lambda: pipe(PROMPT, cross_attention_kwargs={"gligen": 1}), "cross_attention_kwargs=.*gligen.* may hold LoRA"),
         (lambda: pipe(PROMPT, cross_attention_kwargs={"scale": float("inf")}), "scale"),
         (lambda: pipe.save_lora_weights(tmp_path), "unet_lora_layers, text_encoder"),
         (lambda: pipe.save_lora_weights(tmp_path, pipe.unet, safe_serialization=False), "safe_serialization"),

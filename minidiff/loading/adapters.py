@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from weights_compat.lora import OTHERS, originals, spellings, split
 
 from ..lora import LowRank, layers
-from .config import LoadError
+from .config import LoadError, parse_json
 from .hub import check_path, fetch
-from .save import replacing
-from .tensors import read_header, read_tensors, write_tensors
+from .save import is_plain, replacing
+from .tensors import read_header, read_tensors, untied, write_tensors
 
 LORA = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 ENDS = (".safetensors", ".bin", ".pt", ".ckpt")
@@ -25,45 +25,63 @@ METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header: peft'
 MAX_RANK = 2**14  # of real files 512. A pickle may claim any, and hold one number
 
 
-def find_file(path: str | os.PathLike, weight_name: str | None, usual: Collection[str], subfolder: str, **hub) -> Path:
+def is_file(path: Any) -> bool:
+    return isinstance(path, str | os.PathLike) and os.path.isfile(path)
+
+
+def find_file(
+    path: str | os.PathLike,
+    usual: Collection[str],
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    use_safetensors: bool | None = None,
+    **hub: Any,
+) -> Path:
     """The file that `path` is; or the one in a folder or Hub repository: `weight_name`, a `usual` one, the only one."""
     check_path(path, "pretrained_model_name_or_path", "a file, a folder or a Hub id")
-    if os.path.isfile(path):
-        return Path(path)
-    if str(path).endswith(ENDS) and not os.path.isdir(path):
-        raise LoadError(f"{path}: no such file")
+    for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
+        check_path(value or ".", name, "a path inside the folder or repository")
+    ends = ENDS if use_safetensors is None else ENDS[:1] if use_safetensors else ENDS[1:]
+    at = PurePosixPath(subfolder or "", weight_name or "any")  # weight_name may have folders in it too
+    wanted = [at.name] if weight_name else [name for name in usual if name.endswith(ends)]
 
     def choose(names: list[str]) -> list[str]:
-        inside = {Path(name).name: name for name in names if str(Path(name).parent) == (subfolder or ".")}
-        for name in (weight_name,) if weight_name else usual:
-            if name in inside:
-                return [inside[name]]
-        found = [name for name in inside if name.endswith(ENDS)]
-        if weight_name or len(found) != 1:
-            wanted = f"no {weight_name}" if weight_name else "not one file to read, so give weight_name"
-            raise LoadError(f"{path}: has {wanted}; it has {', '.join(sorted(found)) or 'none'}")
-        return [inside[found[0]]]
+        inside = {PurePosixPath(name).name: name for name in names if PurePosixPath(name).parent == at.parent}
+        known = [name for name in inside if name.endswith(ends)]
+        found = [name for name in wanted if name in inside]
+        if not found and (weight_name or len(known) != 1):
+            what = f"no {at}" if weight_name else "not one file to read, so give weight_name"
+            raise LoadError(f"{path}: has {what}; it has {', '.join(sorted(known)) or 'none'}")
+        return [inside[name] for name in (found or known)[:1]]
 
-    folder = fetch(path, choose, weight_name or usual[0], **hub)
-    return folder / choose([str(file.relative_to(folder)) for file in (folder / subfolder).glob("*")])[0]
+    if is_file(path):
+        file = Path(path)
+    elif str(path).endswith(ENDS) and not os.path.isdir(path):
+        raise LoadError(f"{path}: no such file")
+    else:
+        folder = fetch(path, choose, str(at.parent / (wanted or usual)[0]), **hub)
+        file = folder / choose([str(at.parent / file.name) for file in (folder / at.parent).glob("*")])[0]
+    if not file.name.endswith(ends if use_safetensors is not None else ""):
+        raise LoadError(f"{file}: use_safetensors={use_safetensors} was asked for")
+    return file
 
 
 def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A file's tensors, and what its header says of each component."""
-    try:
-        values = json.loads(read_header(file).get(METADATA, "{}"))
-        return dict(read_tensors(file)), dict(values)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, LoadError):
-            raise
-        raise LoadError(f"{file}: {METADATA} in its header is no JSON object: {error}") from None
+    tensors, says = dict(read_tensors(file)), read_header(file).get(METADATA, "{}")
+    return tensors, parse_json(says, f"{file}: {METADATA} in its header")
 
 
 def write_lora(folder: str | os.PathLike, weight_name: str, tensors: Mapping[str, Tensor], metadata: dict) -> None:
-    header = {METADATA: json.dumps(metadata)} if metadata else {}
+    check_path(folder, "save_directory", "a folder")
+    if not (is_plain(weight_name) and weight_name.endswith(ENDS[:1])):
+        raise ValueError(f"weight_name={weight_name!r} must be the name of a .safetensors file")
+    try:  # sets are lists there, as in the reference: peft's target_modules are one
+        header = {METADATA: json.dumps(metadata, default=sorted, indent=2, sort_keys=True)} if metadata else {}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the adapters' metadata are no JSON: {error}") from None
     with replacing(Path(folder), {"": lambda _: set()}) as stages:
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        write_tensors(stages[""] / weight_name, contiguous, header)
+        write_tensors(stages[""] / weight_name, untied(tensors), header)
 
 
 def match_lora(
@@ -83,10 +101,10 @@ def match_lora(
             raise LoadError(f"{where}: {key} belongs to {other}; minidiff reads plain LoRA")
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise LoadError(f"{where}: {key} is {getattr(tensor, 'dtype', type(tensor).__name__)}: not a number each")
-        component, spelling, part = split(key) or ("", "", "")
+        component, spelling, part = split(str(key)) or ("", "", "")
         home = homes.get((component, spelling))
         if home is None:
-            unknown.append(key)
+            unknown.append(str(key))
         elif part in found.setdefault(home, {}):
             raise LoadError(f"{where}: {key} comes twice, under two names")
         else:
@@ -117,7 +135,10 @@ def _low_rank(where: str, hub: str, W: torch.Size, parts: Mapping[str, Tensor], 
 def _scale(where: str, hub: str, r: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:
     """alpha / r: alpha is a tensor in kohya's files, in the header of diffusers', and r where neither says it."""
     value, root = config.get("lora_alpha", r), config.get("use_rslora")
-    for end, own in (config.get("alpha_pattern") or {}).items():
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise LoadError(f"{where} has alpha_pattern={patterns!r:.100} in its header; it must be alphas by layer")
+    for end, own in patterns.items():
         value = own if f".{hub}".endswith(f".{end.removeprefix('^')}") else value
     if alpha is not None:
         value = alpha.item() if alpha.numel() == 1 else math.nan

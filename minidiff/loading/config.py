@@ -46,12 +46,17 @@ def read_json(file: Path) -> dict[str, Any]:
     check_readable(file)
     if file.stat().st_size > MAX_JSON_BYTES:
         raise LoadError(f"{file}: larger than {MAX_JSON_BYTES} bytes, which no real config is")
+    return parse_json(file.read_bytes(), str(file))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """A JSON object in UTF-8. Raises LoadError, which opens with `where`, if it is anything else."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
-        raise LoadError(f"{file}: not valid JSON: {error}") from None
+        raise LoadError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise LoadError(f"{file}: must hold an object, not {type(value).__name__}")
+        raise LoadError(f"{where}: must hold an object, not {type(value).__name__}")
     return value
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from weights_compat.rules import Table
 
-from ..checks import check_tensors
+from ..checks import check_named_tensors, check_tensors
 from ..lora import adapted
 from .component import Configured
 from .config import Config, LoadError, read_json, write_json
@@ -101,6 +101,7 @@ class Model(Configured, Switches, nn.Module, abstract=True):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and takes the Hub's names and forms of tensors too."""
+        check_named_tensors(state_dict, "state_dict")
         ours = self.state_dict().keys()
         found: dict[str, Tensor] = {}
         for name, tensor in state_dict.items():

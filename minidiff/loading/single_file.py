@@ -25,7 +25,7 @@ from weights_compat.standard import (
     write_files,
 )
 
-from ..checks import check_tensors
+from ..checks import check_named_tensors
 from .arguments import DOWNLOADS, SINGLE_FILE, check_keywords, one_device
 from .component import REGISTRY, Component
 from .config import LoadError, read_json
@@ -181,7 +181,7 @@ class OneFile:
         overrides = {key: hub.pop(key) for key in own if key in hub}
         link = pretrained_model_link_or_path_or_dict
         if isinstance(link, Mapping):
-            check_tensors(**link)
+            check_named_tensors(link, "pretrained_model_link_or_path_or_dict")
         source = SingleFile("the dictionary", link) if isinstance(link, Mapping) else SingleFile.read(link, hub)
         with source.configs(config, hub, {*overrides, "scheduler"}, cls.part) as folder:
             inside = cls.part if subfolder is None and not (folder / "config.json").exists() else subfolder or ""

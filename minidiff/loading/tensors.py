@@ -77,9 +77,19 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     mode = file.stat().st_mode  # save_file's own is 0600, whatever the umask says
     try:
         save_file(dict(tensors), file, metadata={"format": "pt", **header})
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: tensors that share a part of their memory
         raise OSError(f"{file}: can't be written: {error}") from None
     file.chmod(stat.S_IMODE(mode))
+
+
+def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file can hold them: each whole, and in memory of its own."""
+    whole, places = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        whole[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    return whole
 
 
 def to_ours(change: str, tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from weights_compat.rules import Table
 
 from .config import LoadError, read_json, write_json
 from .save import is_plain
-from .tensors import read_tensors, to_hub, to_ours, write_tensors
+from .tensors import read_tensors, to_hub, to_ours, untied, write_tensors
 
 
 class Files(NamedTuple):
@@ -179,13 +179,8 @@ def as_written(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]
         if (origin := table.origin(ours)) is None:
             raise ValueError(f"the tensor {ours} has no name in such a file")
         hub, change = origin
-        parts.setdefault(hub, {})[change] = tensor.detach()
-    whole, places = {}, set()
-    for hub, changed in parts.items():
-        tensor = to_hub(changed).contiguous()
-        whole[hub] = tensor.clone() if tensor.data_ptr() in places else tensor  # files have no ties
-        places.add(tensor.data_ptr())
-    return whole
+        parts.setdefault(hub, {})[change] = tensor
+    return untied({hub: to_hub(changed) for hub, changed in parts.items()})
 
 
 def _shards(index_file: Path) -> list[Path]:

@@ -4,6 +4,7 @@ The state is the layers' own, so pipelines that share a network share its adapte
 """
 
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,26 +13,23 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from .. import lora
-from ..checks import check_number
-from ..loading.adapters import LORA, find_file, match_lora, read_lora, write_lora
+from ..checks import as_names, check_named_tensors, check_number
+from ..loading.adapters import LORA, find_file, is_file, match_lora, read_lora, write_lora
 from ..loading.arguments import DOWNLOADS, LOADING, check_keywords
-from ..loading.config import LoadError
 from ..loading.model import Model
 from .run import Runs
 
+PLACE = re.compile(r"(down|mid|up)_block(?:s\.(\d+)\.\w+|\.attentions)\.(\d+)\.")  # the Hub's name of a layer in one
 FILE_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", *DOWNLOADS)
 
 
 def file_or_given(owner: str, source: Any, usual: tuple[str, ...], keywords: dict[str, Any], given: Any) -> Any:
     """The file that a path and the keywords of a `load_...` mean; or the tensors that were given in its place."""
     taken = check_keywords(keywords, LOADING, owner, FILE_ARGUMENTS)
-    if isinstance(source, given):
-        return source
-    safe = taken.pop("use_safetensors", None)
-    file = find_file(source, taken.pop("weight_name", None), usual, taken.pop("subfolder", None) or "", **taken)
-    if safe is not None and safe != (file.suffix == ".safetensors"):
-        raise LoadError(f"{file}: use_safetensors={safe} was asked for")
-    return file
+    alone = "tensors" if isinstance(source, given) else "a file" if is_file(source) else None
+    if alone and (idle := [name for name in ("weight_name", "subfolder") if taken.get(name)]):
+        warnings.warn(f"{' and '.join(idle)} has no effect beside {alone}", stacklevel=3)
+    return source if isinstance(source, given) else find_file(source, usual, **taken)
 
 
 class LoraSwitches(Runs):
@@ -105,7 +103,10 @@ class LoraSwitches(Runs):
         says = (unet_lora_adapter_metadata, text_encoder_lora_adapter_metadata, text_encoder_2_lora_adapter_metadata)
         tensors, header = {}, {}
         for component, found, said in zip(cls._lora_loadable_modules, layers, says, strict=True):
-            found = lora.state_dict(found) if isinstance(found, nn.Module) else found or {}
+            found = lora.state_dict(found) if isinstance(found, nn.Module) else {} if found is None else found
+            check_named_tensors(found, f"{component}_lora_layers, if it is no network,")
+            if not isinstance(said, Mapping | None):
+                raise TypeError(f"{component}_lora_adapter_metadata must be a dictionary, not {said!r:.100}")
             tensors |= {f"{component}.{key}": tensor for key, tensor in found.items()}
             header |= {f"{component}.{key}": value for key, value in (said or {}).items()}
         if not tensors:
@@ -121,21 +122,19 @@ class LoraSwitches(Runs):
         """Makes these adapters active, and no other, each with its weight (1 if None).
 
         A weight may be a dict by component, and the UNet's one by blocks, as in the reference: {"unet": {"mid": 0.5,
-        "down": 0, "up": {"block_0": [0.1, 0.2, 0.3]}}, "text_encoder": 0.5}. What isn't named has 1.
+        "down": 0, "up": {"block_0": [0.1, 0.2, 0.3]}}, "text_encoder": 0.5}. What isn't named has 1, and so have, where
+        blocks are, those without attention and the layers outside.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = as_names(adapter_names, "adapter_names")
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
         self._check_loaded(names)
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights has {len(weights)} for {len(names)} adapter_names")
         lora.check_unfused(*self._with_adapters().values())
         strengths = {}
-        for component, model in self._with_adapters().items():
-            for name, weight in zip(names, weights, strict=True):
-                own = weight.get(component) if isinstance(weight, Mapping) else weight
-                for _, hub, layer in lora.layers(model):
-                    if isinstance(layer, lora.Adapted) and name in layer.adapters:
-                        strengths[layer.adapters[name]] = strength(hub, own)
+        for name, weight in zip(names, weights, strict=True):
+            tree = {component: branches(model, name) for component, model in self._with_adapters().items()}
+            strengths |= spread(weight, tree, "adapter_weights")
         for one, value in strengths.items():
             one.strength = value
         for model in self._with_adapters().values():
@@ -150,7 +149,7 @@ class LoraSwitches(Runs):
         return {component: names for component, model in self._with_adapters().items() if (names := lora.names(model))}
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = as_names(adapter_names, "adapter_names")
         self._check_loaded(names)
         lora.check_unfused(*self._with_adapters().values())
         for name in names:
@@ -186,8 +185,8 @@ class LoraSwitches(Runs):
         """Adds `lora_scale` times the active adapters, or those of `adapter_names`, to the weights: calls take no
         longer than without. `safe_fusing`: nothing is fused where a weight wouldn't stay finite."""
         check_number(lora_scale, "lora_scale")
-        chosen = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self._check_loaded(chosen or ())
+        chosen = as_names(adapter_names or (), "adapter_names")
+        self._check_loaded(chosen)
         models = nn.ModuleList(self._with_adapters(components).values())  # as one, of which all or nothing is fused
         lora.fuse(models, lora_scale, chosen, safe_fusing)
 
@@ -198,30 +197,48 @@ class LoraSwitches(Runs):
 
     def _check_loaded(self, adapter_names: Collection[str]) -> None:
         loaded = {name for names in self.get_list_adapters().values() for name in names}
-        if unknown := [str(name) for name in adapter_names if name not in loaded]:
+        if unknown := [name for name in adapter_names if name not in loaded]:
             there = ", ".join(sorted(loaded)) or "none"
             raise ValueError(f"adapter_names has {', '.join(unknown)}; loaded: {there}")
 
-    def _with_adapters(self, components: list[str] | None = None) -> dict[str, Model]:
+    def _with_adapters(self, components: str | list[str] | None = None) -> dict[str, Model]:
         """The networks that can have adapters, or those of `components`."""
+        components = as_names(components or (), "components")
         parts = {name: self.components.get(name) for name in components or self._lora_loadable_modules}
         models = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # torch.compile wraps it
         fitting = {name: models[name] for name in self._lora_loadable_modules if isinstance(models.get(name), Model)}
-        if components and (wrong := [name for name in components if name not in fitting]):
+        if wrong := [name for name in components if name not in fitting]:
             raise ValueError(f"components has {', '.join(wrong)}, which this pipeline has no LoRA for")
         return fitting
 
 
-def strength(hub: str, weight: Any) -> float:
-    """What a `weight` of `set_adapters` says of the layer that the Hub calls `hub`."""
-    if isinstance(weight, Mapping):
-        if unknown := weight.keys() - {"down", "mid", "up"}:
-            raise ValueError(f"adapter_weights has the blocks {sorted(unknown)}; there are down, mid and up")
-        way, level, _, layer = [*hub.split(".", 4), "", "", ""][:4]
-        way = way.partition("_block")[0]
-        weight = weight.get(way) if way != "mid" or level == "attentions" else None
-        weight = weight.get(f"block_{level}") if isinstance(weight, Mapping) else weight
-        weight = weight[int(layer) if len(weight) > 1 else 0] if isinstance(weight, list) else weight
+def branches(model: Model, name: str) -> dict[str, Any]:
+    """The adapters `name` of a network, by what `set_adapters` calls their places: {"down": {"block_1": {"0": [...]}},
+    "mid": {"": {"0": [...]}}, "": ...}. As in the reference, these are attentions; the other layers of a block go with
+    the attention of their number, and "" has the rest."""
+    found = [(PLACE.match(hub), hub, layer) for _, hub, layer in lora.layers(model)]
+    places = {match.groups() for match, hub, _ in found if match and ".attentions." in hub}
+    tree: dict[str, Any] = {}
+    for match, _, layer in found:
+        way, block, number = match.groups("") if match and match.groups() in places else ("", "", "")
+        ones = tree.setdefault(way, {}).setdefault(block and f"block_{block}", {}).setdefault(number, [])
+        ones += [layer.adapters[name]] if name in getattr(layer, "adapters", ()) else []
+    return tree
+
+
+def spread(weight: Any, tree: dict | list, where: str) -> dict[lora.LowRank, float]:
+    """What a `weight` of `set_adapters` gives each adapter of a `tree` of them."""
     weight = 1.0 if weight is None else weight
-    check_number(weight, "adapter_weights")
-    return float(weight)
+    if isinstance(tree, list) or not isinstance(weight, Mapping | list):
+        check_number(weight, where)
+    if isinstance(tree, list):
+        return dict.fromkeys(tree, float(weight))
+    if isinstance(weight, list) and isinstance(next(iter(tree.values())), list):
+        if len(weight) not in (1, len(tree)):
+            raise ValueError(f"{where} has {len(weight)} weights; it takes {len(tree)}")
+        weight = dict(zip(tree, weight * len(tree), strict=False))
+    own = weight if isinstance(weight, Mapping) else dict.fromkeys(tree, weight)
+    if unknown := [str(key) for key in own if key not in tree]:
+        raise ValueError(f"{where} has {', '.join(unknown)}; it may have {', '.join(filter(None, tree)) or 'no parts'}")
+    found = (spread(own.get(key), part, f"{where}[{key!r}]" if key else where) for key, part in tree.items())
+    return {one: value for values in found for one, value in values.items()}

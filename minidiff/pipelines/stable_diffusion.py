@@ -6,6 +6,7 @@ the first latents made; then comes THE loop (`denoise`), and the pictures (`fini
 
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -256,9 +257,10 @@ def check_call(
     for name, value in adapter.items():
         if value is not None:
             raise ValueError(f"{name} was given, but minidiff has no IP-Adapter: leave it out")
-    if unknown := sorted((cross_attention_kwargs or {}).keys() - {"scale"}):
-        raise ValueError(f"cross_attention_kwargs has {', '.join(unknown)}; it may hold LoRA's scale alone")
-    check_number((cross_attention_kwargs or {}).get("scale", 1.0), 'cross_attention_kwargs["scale"]')
+    attention = {} if cross_attention_kwargs is None else cross_attention_kwargs
+    if not isinstance(attention, Mapping) or attention.keys() - {"scale"}:
+        raise ValueError(f'cross_attention_kwargs={attention!r:.100} may hold LoRA\'s scale alone: {{"scale": 0.5}}')
+    check_number(attention.get("scale", 1.0), 'cross_attention_kwargs["scale"]')
     if guidance_rescale and guidance_scale <= 1:
         warnings.warn("guidance_rescale has no effect: guidance_scale is 1 or less", stacklevel=4)
     count = as_integer(num_images_per_prompt, "num_images_per_prompt")
