@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 import minidiff
 from minidiff import LoadError, lora
+from minidiff.loading.tensors import read_header
 from weights_compat import TABLES
 from weights_compat.lora import originals, spellings, split
 from weights_compat.manifests import read_manifest
@@ -275,7 +276,7 @@ def test_fusing_keeps_the_files_mapping(sd):
     load(sd[:1], write(sd[0], "peft", 4))
     layers = lora.adapted(sd[0].unet)
     places = [layer.weight.data_ptr() for layer in layers]
-    sd[0].fuse_lora(components=["unet"])
+    sd[0].fuse_lora(components="unet")
     assert [layer.base.data_ptr() for layer in layers] == places
     assert not any(layer.fused for layer in lora.adapted(sd[0].text_encoder))
     sd[0].unfuse_lora()
@@ -640,6 +641,7 @@ DAMAGED = {
     "LoKr": (changed(**{"lora_unet_conv_in.lokr_w1": torch.ones(4)}), "belongs to LyCORIS"),
     "twice": (changed(**{"lora_unet_conv_in.lora_down.weight": torch.ones(4, 4, 3, 3)}), "comes twice"),
     "alpha of two": (changed(**{"lora_unet_conv_in.alpha": torch.ones(2)}), "alpha=nan"),
+    "a number for a name": (lambda t: t | {5: torch.ones(4)}, "1 of .* tensors fit no layer.*: 5$"),
     "alpha infinite": (changed(**{"lora_unet_conv_in.alpha": torch.tensor(float("inf"))}), "alpha=inf"),
 }
 
@@ -691,13 +693,16 @@ class Evil:
 def test_damaged_files(sd, tmp_path, capsys):
     load(sd[:1], write(sd[0], "peft", 2, seed=9), adapter_name="there")
     before = copy.deepcopy(models(sd[0]))
-    files = {name: tmp_path / name for name in ("cut.safetensors", "cut.bin", "evil.bin", "header.safetensors")}
+    headers = ("[1", "[[1, 2]]", '{"unet.alpha_pattern": ["to_q"]}')
+    files = {name: tmp_path / name for name in ("cut.safetensors", "cut.bin", "evil.bin", *"012")}
     file = write(sd[0], "peft", 4)
     save_file(file, files["cut.safetensors"])
     torch.save(file, files["cut.bin"])
     cut(files["cut.safetensors"]), cut(files["cut.bin"])
     torch.save(file | {"unet.x": Evil()}, files["evil.bin"])
-    save_file(file, files["header.safetensors"], metadata={"lora_adapter_metadata": "[1"})
+    for number, header in zip("012", headers, strict=True):
+        files[number] = tmp_path / f"header{number}.safetensors"
+        save_file(file, files[number], metadata={"lora_adapter_metadata": header})
     for path in files.values():
         with pytest.raises(LoadError, match=re.escape(str(path))):
             sd[0].load_lora_weights(path)
@@ -709,6 +714,10 @@ def test_damaged_files(sd, tmp_path, capsys):
         sd[0].load_lora_weights(tmp_path, weight_name="other.safetensors")
     with pytest.raises(LoadError, match="use_safetensors=True"):
         sd[0].load_lora_weights(files["cut.bin"], use_safetensors=True)
+    (tmp_path / "one").mkdir()
+    save_file(file, tmp_path / "one" / "x.safetensors")
+    with pytest.raises(LoadError, match="not one file to read"):
+        sd[0].load_lora_weights(tmp_path / "one", use_safetensors=False)
     with pytest.raises(LoadError, match="there is no such folder"):
         sd[0].load_lora_weights(tmp_path / "nowhere")
 
@@ -729,15 +738,35 @@ def test_arguments_that_do_not_fit(sd, tmp_path):
         (lambda: pipe.fuse_lora(adapter_names=["two"]), "adapter_names has two; loaded: one"),
         (lambda: pipe(PROMPT, cross_attention_kwargs={"gligen": 1}), "cross_attention_kwargs=.*gligen.* may hold LoRA"),
         (lambda: pipe(PROMPT, cross_attention_kwargs={"scale": float("inf")}), "scale"),
+        (lambda: pipe(PROMPT, cross_attention_kwargs=0.5), "cross_attention_kwargs=0.5 may hold LoRA"),
         (lambda: pipe.save_lora_weights(tmp_path), "unet_lora_layers, text_encoder"),
+        (lambda: pipe.save_lora_weights(None, pipe.unet), "save_directory must be a folder, not NoneType"),
+        (lambda: pipe.save_lora_weights(tmp_path, [*pipe.unet.parameters()]), "unet_lora_layers, .* must be a dict"),
+        (lambda: pipe.save_lora_weights(tmp_path, torch.nn.Linear(2, 2)), "pipe.unet, not for a Linear"),
+        (lambda: pipe.save_lora_weights(tmp_path, {5: torch.ones(1)}), "unet_lora_layers, .*; 5 is none"),
+        (lambda: pipe.save_lora_weights(tmp_path, pipe.unet, weight_name="a/b.safetensors"), "weight_name='a/b"),
+        (lambda: pipe.save_lora_weights(tmp_path, pipe.unet, weight_name="a.bin"), "weight_name='a.bin'"),
+        (lambda: pipe.save_lora_weights(tmp_path, pipe.unet, unet_lora_adapter_metadata=4), "metadata must be"),
+        (lambda: pipe.save_lora_weights(tmp_path, pipe.unet, unet_lora_adapter_metadata={"r": 1j}), "no JSON"),
         (lambda: pipe.save_lora_weights(tmp_path, pipe.unet, safe_serialization=False), "safe_serialization"),
         (lambda: lora.add(pipe.unet, rank=0), "rank=0"),
         (lambda: lora.add(pipe.unet, targets="nothing"), "targets: .*nothing"),
         (lambda: lora.add(pipe.unet, adapter_name="one"), "adapter_name='one' is in use"),
         (lambda: lora.state_dict(pipe.unet, "two"), "adapter_name='two' is none of the network's: one"),
+        (lambda: lora.add(torch.nn.Linear(2, 2)), "pipe.unet, not for a Linear"),
+        (lambda: lora.add(pipe.unet, 2, None), "targets must be a name or a list of names, not None"),
+        (lambda: lora.add(pipe.unet, 2.5), "rank must be an integer"),
+        (lambda: pipe.set_adapters(None), "adapter_names must be a name or a list"),
+        (lambda: pipe.delete_adapters([None]), "adapter_names must be a name or a list"),
+        (lambda: pipe.fuse_lora(components=5), "components must be a name or a list"),
+        (lambda: pipe.fuse_lora(adapter_names=5), "adapter_names must be a name or a list"),
+        (lambda: pipe.unet.load_state_dict({5: torch.ones(1)}), "state_dict must be a dictionary .*; 5 is"),
+        (lambda: pipe.unet.load_state_dict(None), "state_dict must be a dictionary"),
+        (lambda: pipe.load_lora_weights(tmp_path, weight_name=5), "weight_name must be a path inside"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             call()
+    assert not [*tmp_path.iterdir()]
     assert pipe.get_list_adapters() == {"unet": ["one"], "text_encoder": ["one"]}
     pipe.fuse_lora()
     with pytest.raises(ValueError, match="can't be loaded while one is fused"):
@@ -753,11 +782,53 @@ def test_saved_files_are_the_references(sd, tmp_path):
     """The same tensors and the same header from the same call."""
     layers = {key.removeprefix("unet."): value for key, value in write(sd[0], "peft", 2, chosen=attention).items()}
     layers = {key: value for key, value in layers.items() if "attn" in key and "text" not in key}
-    says = {"unet_lora_adapter_metadata": {"r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}}
+    says = {"unet_lora_adapter_metadata": {"r": 2, "lora_alpha": 4, "target_modules": {"to_q"}}}
     for name, pipe in zip(("ours", "theirs"), sd, strict=True):
-        pipe.save_lora_weights(tmp_path / name, unet_lora_layers=layers, **says)
-    ours, theirs = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("ours", "theirs"))
+        pipe.save_lora_weights(tmp_path / name, unet_lora_layers=layers, **copy.deepcopy(says))
+    files = [tmp_path / name / "pytorch_lora_weights.safetensors" for name in ("ours", "theirs")]
+    ours, theirs = map(load_file, files)
+    assert read_header(files[0]) == read_header(files[1])
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     for pipe in sd:
         pipe.load_lora_weights(tmp_path / "ours")
     compare(sd)
+    one = torch.ones(2, 2)
+    sd[0].save_lora_weights(tmp_path, {"a": one, "b": one, "c": one.t()})  # which a file can't hold as one
+    assert all(tensor.equal(one) for tensor in load_file(tmp_path / files[0].name).values())
+
+
+PLACES = {  # what to give, and the rank of the file that both read then
+    "whole": ({}, 1),
+    "pickles alone": ({"use_safetensors": False}, 2),
+    "with a slash": ({"subfolder": "sub/", "weight_name": "other.safetensors"}, 3),
+    "from here": ({"subfolder": "./sub", "weight_name": "other.safetensors"}, 3),
+    "a name with folders": ({"weight_name": "sub/other.safetensors"}, 3),
+    "both": ({"subfolder": "sub", "weight_name": "deep/other.safetensors"}, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def places(sd, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    usual = [f"pytorch_lora_weights.{end}" for end in ("safetensors", "bin")]
+    for rank, name in enumerate((*usual, "sub/other.safetensors", "sub/deep/other.safetensors"), 1):
+        (file := folder / name).parent.mkdir(exist_ok=True)
+        tensors = write(sd[0], "peft", rank, chosen=lambda hub: hub.endswith("attn1.to_q"))
+        torch.save(tensors, file) if file.suffix == ".bin" else save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_where_a_file_is(sd, places, case):
+    options, rank = PLACES[case]
+    for pipe in sd:
+        pipe.load_lora_weights(places, **options)
+    ours = {len(one.A) for layer in lora.adapted(sd[0].unet) for one in layer.adapters.values()}
+    assert ours == {config.r for config in sd[1].unet.peft_config.values()} == {rank}
+
+
+def test_a_place_beside_a_file_is_a_warning(sd, places):
+    for source in (places / "sub" / "other.safetensors", write(sd[0], "peft", 1)):
+        with pytest.warns(UserWarning, match="subfolder has no effect beside (a file|tensors)") as caught:
+            sd[0].load_lora_weights(source, weight_name="x.safetensors", subfolder="y")
+        assert caught[0].filename == __file__

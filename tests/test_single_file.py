@@ -396,6 +396,8 @@ def test_an_embedding_of_2022_and_a_network_of_another_kind(sd, tmp_path):
     with pytest.raises(LoadError, match="looks like a ControlNet"):
         extra = {"input_hint_block.0.weight": torch.ones(3)}
         minidiff.UNet2DConditionModel.from_single_file(control | extra, config=sd.folder)
+    with pytest.raises(TypeError, match="_or_dict must be a dictionary of tensors by name; 5 is none, nor a name"):
+        minidiff.UNet2DConditionModel.from_single_file(control | {5: torch.ones(3)}, config=sd.folder)
     with pytest.raises(LoadError, match=r"input_blocks\.0\.0\.weight has no place in AutoencoderKL"):
         minidiff.AutoencoderKL.from_single_file(unet, config=sd.folder)
     with pytest.raises(LoadError, match=r"dictionary: \d+ tensors are missing, the first is output_blocks\.0\.0\."):
@@ -493,6 +495,7 @@ def test_damaged_and_hostile_files(sd, fault, suffix, tmp_path, monkeypatch):
         ({"torch_dtype": "float16"}, TypeError, "dtype must be a floating-point"),
         ({"config": 5}, TypeError, "config must be a folder or a Hub id, not int"),
         ({"vae": 5}, TypeError, "vae must be"),
+        ({"vae": None}, ValueError, "None was given for vae, which StableDiffusionPipeline needs"),
     ],
 )
 def test_wrong_arguments(sd, options, error, message):

@@ -133,7 +133,7 @@ def test_xl_as_its_users_do(xl):
     assert len(ours.tokenizer) == len(ours.tokenizer_2) == 49408
     ours.load_textual_inversion(parts, token="<s>")
     agree(draw(ours, **options | {"prompt": "<s> fox"}), other)
-    with pytest.raises(ValueError, match="doesn't say how its token is called"):
+    with pytest.raises(ValueError, match="its token is called None"):
         ours.load_textual_inversion(parts)
 
 
@@ -206,7 +206,12 @@ def test_cut_files_and_wrong_arguments(sd, tmp_path):
             "'cat</w>' is in the tokenizer",
         ),
         (lambda: sd[0].load_textual_inversion([vectors(1), vectors(1)], token=["<a>", "<a>"]), "token='<a>' is in"),
-        (lambda: sd[0].load_textual_inversion(vectors(1)), "doesn't say how its token is called"),
+        (lambda: sd[0].load_textual_inversion(vectors(1)), "its token is called None"),
+        (lambda: sd[0].load_textual_inversion({"": vectors(1)}), "its token is called ''"),
+        (lambda: sd[0].load_textual_inversion({"<a>": vectors(1)}, token="\t "), r"its token is called '\\t '"),
+        (lambda: sd[0].load_textual_inversion({5: vectors(1)}), "its token is called 5"),
+        (lambda: sd[0].load_textual_inversion([vectors(1)] * 2, token=["<A>", "<a>"]), "token='<a>' is in the tok"),
+        (lambda: sd[0].load_textual_inversion([vectors(2), vectors(1)], token=["<a>", "<A>_1"]), "token='<A>_1' is in"),
         (lambda: sd[0].load_textual_inversion([vectors(1)] * 2, token=["<a>"]), "token has 1 for 2"),
         (
             lambda: sd[0].load_textual_inversion({"clip_g": vectors(1, 40)}, token="<a>"),
@@ -217,7 +222,18 @@ def test_cut_files_and_wrong_arguments(sd, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match="tokens must be a name or a list of names, not 5"):
+        sd[0].unload_textual_inversion(5)
     assert len(sd[0].tokenizer) == 49408
+
+
+def test_of_a_token_with_capitals_the_reference_finds_the_first_vector_alone(apart):
+    for pipe in apart[1:]:
+        pipe.load_textual_inversion({"<Cat>": vectors(2)})
+    with pytest.warns(UserWarning, match="token='<Cat>' gives its first vector alone, '<cat>' all"):
+        apart[0].load_textual_inversion({"<Cat>": vectors(2)})
+    ids = [pipe.tokenizer(pipe.maybe_convert_prompt("<Cat> <cat>", pipe.tokenizer)).input_ids for pipe in apart]
+    assert ids[0] == ids[1] == [49406, 49408, 49408, 49407]
 
 
 def test_prompts_without_new_tokens_are_as_they_were():

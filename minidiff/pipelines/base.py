@@ -124,7 +124,7 @@ class DiffusionPipeline(Runs, MemorySwitches, SingleFiles, Pushable, metaclass=E
             arguments = ("torch_dtype", "dtype", "variant", "use_safetensors", "device_map", *DOWNLOADS)
             check_keywords(keywords, LOADING, cls.__name__, (*parameters, *arguments))
             found = load_components(index_file, given, files, tuple(parameters), cls.settings())
-        pipe = cls.made_of(found | given, index_file)
+        pipe = cls.made_of(found, given, index_file)
         return pipe.to(device) if device else pipe
 
     @classmethod
@@ -135,9 +135,11 @@ class DiffusionPipeline(Runs, MemorySwitches, SingleFiles, Pushable, metaclass=E
         return _class_named(read_json(index_file).get("_class_name"), str(index_file))
 
     @classmethod
-    def made_of(cls, found: Mapping[str, Any], index_file: Path) -> Self:
-        """The pipeline of loaded parts. Raises LoadError where one lacks."""
-        found = dict.fromkeys(cls.required()) | found
+    def made_of(cls, found: Mapping[str, Any], given: Mapping[str, Any], index_file: Path) -> Self:
+        """The pipeline of loaded parts and `given` ones. Raises ValueError for a None, LoadError where one lacks."""
+        if refused := cls.missing(dict.fromkeys(cls.required(), "") | given):
+            raise ValueError(f"None was given for {refused}, which {cls.__name__} needs")
+        found = dict.fromkeys(cls.required()) | found | given
         if missing := cls.missing(found):
             raise LoadError(f"{index_file}: doesn't name {missing}, which {cls.__name__} needs")
         return cls(**found)

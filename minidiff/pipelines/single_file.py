@@ -67,7 +67,7 @@ class SingleFiles:
             given = {name: None for name in parameters if name == LEFT_OUT} | given
             options = (tuple(parameters), cls.settings(), extract_ema)
             found = source.components(index_file, given, files, *options)
-            pipe = cls.made_of(found | given, index_file)
+            pipe = cls.made_of(found, given, index_file)
         return pipe.to(device) if device else pipe
 
     def save_single_file(self, path: str | os.PathLike) -> None:

@@ -2,11 +2,13 @@
 for each, that somebody has trained on pictures. The tokenizer gives them ids, the text encoder's table their rows."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from ..checks import as_names
 from ..loading.config import LoadError
 from ..loading.tensors import read_pickle, read_tensors
 from ..models import CLIPTextModel, CLIPTokenizer
@@ -56,9 +58,12 @@ class TextualInversion:
                 if None in pair:
                     raise ValueError(f"{where}: is for a tokenizer{end} and text_encoder{end}, which aren't there")
                 words = [word, *(f"{word}_{i}" for i in range(1, _count(vectors, pair[1], where)))]
-                known = pair[0].get_vocab().keys() | new.setdefault(pair, {}).keys()
-                if taken := [one for one in (*words, f"{word}_1") if one in known]:
+                there = [*pair[0].added_tokens_encoder, *new.setdefault(pair, {})]
+                vocab, there = pair[0].get_vocab(), {one.lower() for one in there}  # as prompts are read
+                if taken := [one for one in (*words, f"{word}_1") if one in vocab or one.lower() in there]:
                     raise ValueError(f"token={taken[0]!r} is in the tokenizer already: unload it, or take another")
+                if len(words) > 1 and word != word.lower():  # see `with_all_vectors`
+                    warnings.warn(f"token={word!r} gives its first vector alone, {word.lower()!r} all", stacklevel=2)
                 new[pair] |= zip(words, vectors.reshape(len(words), -1), strict=True)
         for (words, encoder), rows in new.items():
             table = encoder.resize_token_embeddings(len(words) + len(rows)).weight.data
@@ -74,7 +79,7 @@ class TextualInversion:
     ) -> None:
         """Removes tokens with all their vectors (None: all that were added) from the text encoders that have them.
         Raises ValueError for one that none has."""
-        wanted = [tokens] if isinstance(tokens, str) else tokens
+        wanted = None if tokens is None else as_names(tokens, "tokens")
         found: dict[Pair, list[str]] = {}
         for words, encoder in self._pairs(tokenizer, text_encoder).values():
             added = {} if None in (words, encoder) else words.added_tokens_decoder
@@ -103,22 +108,23 @@ class TextualInversion:
 
 def _found(source: Any, token: str | None, where: Any) -> list[tuple[str, str, Any]]:
     """For which text encoder ("" or "_2") an embedding is, its token, and its vectors."""
-    parts = {"": source}
+    parts, name = {"": source}, None
     if isinstance(source, Mapping):
         if "string_to_param" in source and isinstance(source["string_to_param"], Mapping):  # A1111's
-            parts, token = {"": source["string_to_param"].get("*")}, token or source.get("name")
+            parts, name = {"": source["string_to_param"].get("*")}, source.get("name")
         elif source and source.keys() <= {"clip_l", "clip_g"}:  # XL's
             parts = {{"clip_l": "", "clip_g": "_2"}[key]: value for key, value in source.items()}
         elif len(source) == 1:  # diffusers'
             ((key, vectors),) = source.items()
-            parts, token = {"": vectors}, token or key
+            parts, name = {"": vectors}, key
     for vectors in parts.values():
         if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
             must = "one token's vectors, or string_to_param, or clip_l and clip_g"
             raise LoadError(f"{where}: is no embedding: it must hold {must}")
-    if not isinstance(token, str) or not token:
-        raise ValueError(f"{where}: doesn't say how its token is called: give token")
-    return [(end, token, vectors) for end, vectors in parts.items()]
+    name = name if token is None else token
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where}: its token is called {name!r}, which no prompt can hold: give token a name")
+    return [(end, name, vectors) for end, vectors in parts.items()]
 
 
 def _count(vectors: Tensor, encoder: CLIPTextModel, where: Any) -> int:
