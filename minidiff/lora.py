@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import as_integer, as_names
+from .checks import as_integer, as_names, check_number
 
 
 class _Call(threading.local):
@@ -38,7 +38,9 @@ CALL = _Call()
 @contextmanager
 def scaled(scale: float | None) -> Iterator[None]:
     """Inside, this thread's networks take `scale` times what their adapters add; None is the scale that there is."""
-    before, CALL.scale = CALL.scale, CALL.scale if scale is None else scale
+    before, wanted = CALL.scale, CALL.scale if scale is None else scale
+    check_number(wanted, "lora_scale")
+    CALL.scale = wanted
     try:
         yield
     finally:

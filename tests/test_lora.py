@@ -300,19 +300,10 @@ def test_fused_then_unloaded_stays(sd, sd_folder, tmp_path):
     assert np.array_equal(draw(again, prompt=PROMPT, num_inference_steps=2)[0], drawn[0])
 
 
-def test_safe_fusing(sd):
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])  # the first and the last
+def test_a_refused_fuse_fuses_nothing(sd, component):
     file = write(sd[0], "peft", 4)
-    file["unet.conv_in.lora_A.weight"][0, 0, 0, 0] = float("nan")
-    load(sd[:1], file)
-    with pytest.raises(ValueError, match="safe_fusing: default_0"):
-        sd[0].fuse_lora(safe_fusing=True)
-    assert not any(layer.fused for layer in lora.adapted(sd[0].unet))
-
-
-def test_a_refused_fuse_fuses_nothing(sd):
-    """Though it is the last network that it is refused for."""
-    file = write(sd[0], "peft", 4)
-    next(tensor for key, tensor in file.items() if key.startswith("text_encoder")).fill_(float("nan"))
+    next(tensor for key, tensor in file.items() if key.startswith(f"{component}."))[0] = float("nan")
     load(sd[:1], file)
     with pytest.raises(ValueError, match="safe_fusing: default_0"):
         sd[0].fuse_lora(safe_fusing=True)
@@ -739,6 +730,7 @@ def test_arguments_that_do_not_fit(sd, tmp_path):
         (lambda: pipe(PROMPT, cross_attention_kwargs={"gligen": 1}), "cross_attention_kwargs=.*gligen.* may hold LoRA"),
         (lambda: pipe(PROMPT, cross_attention_kwargs={"scale": float("inf")}), "scale"),
         (lambda: pipe(PROMPT, cross_attention_kwargs=0.5), "cross_attention_kwargs=0.5 may hold LoRA"),
+        (lambda: pipe.encode_prompt(PROMPT, lora_scale="1"), "lora_scale must be a number"),
         (lambda: pipe.save_lora_weights(tmp_path), "unet_lora_layers, text_encoder"),
         (lambda: pipe.save_lora_weights(None, pipe.unet), "save_directory must be a folder, not NoneType"),
         (lambda: pipe.save_lora_weights(tmp_path, [*pipe.unet.parameters()]), "unet_lora_layers, .* must be a dict"),
@@ -829,6 +821,6 @@ def test_where_a_file_is(sd, places, case):
 
 def test_a_place_beside_a_file_is_a_warning(sd, places):
     for source in (places / "sub" / "other.safetensors", write(sd[0], "peft", 1)):
-        with pytest.warns(UserWarning, match="subfolder has no effect beside (a file|tensors)") as caught:
+        with pytest.warns(UserWarning, match="subfolder has no effect beside a file or tensors") as caught:
             sd[0].load_lora_weights(source, weight_name="x.safetensors", subfolder="y")
         assert caught[0].filename == __file__

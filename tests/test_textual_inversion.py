@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_lora import both
+from test_lora import Evil, both
 from test_pipelines import agree, draw
 
 import minidiff
@@ -15,13 +15,8 @@ from minidiff import LoadError
 
 
 @pytest.fixture(scope="module")
-def sd_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sd") / "folder"
-
-
-@pytest.fixture(scope="module")
-def sd(sd_folder):
-    return both("stable-diffusion-v1-5", sd_folder)
+def sd(tmp_path_factory):
+    return both("stable-diffusion-v1-5", tmp_path_factory.mktemp("sd") / "folder")
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +158,6 @@ def test_tokenizer_and_text_encoder_alone(apart):
         apart[0].text_encoder(torch.tensor([[5, 100]]))
 
 
-class Evil:
-    def __reduce__(self):
-        return print, ("code of a file has run",)
-
-
 FAULTS = {
     "wrong width": ({"<cat>": vectors(2, 25)}, r"holds a tensor of \(2, 25\); the text encoder takes"),
     "three dimensions": ({"<cat>": vectors(2)[None]}, r"\(1, 2, 24\)"),
@@ -224,6 +214,8 @@ def test_cut_files_and_wrong_arguments(sd, tmp_path):
             call()
     with pytest.raises(TypeError, match="tokens must be a name or a list of names, not 5"):
         sd[0].unload_textual_inversion(5)
+    with pytest.raises(TypeError, match="prompt must be a text"):
+        sd[0].maybe_convert_prompt(5, sd[0].tokenizer)
     assert len(sd[0].tokenizer) == 49408
 
 

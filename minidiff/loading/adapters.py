@@ -25,10 +25,6 @@ METADATA = "lora_adapter_metadata"  # diffusers' key in the file's header: peft'
 MAX_RANK = 2**14  # of real files 512. A pickle may claim any, and hold one number
 
 
-def is_file(path: Any) -> bool:
-    return isinstance(path, str | os.PathLike) and os.path.isfile(path)
-
-
 def find_file(
     path: str | os.PathLike,
     usual: Collection[str],
@@ -54,14 +50,14 @@ def find_file(
             raise LoadError(f"{path}: has {what}; it has {', '.join(sorted(known)) or 'none'}")
         return [inside[name] for name in (found or known)[:1]]
 
-    if is_file(path):
+    if os.path.isfile(path):
         file = Path(path)
     elif str(path).endswith(ENDS) and not os.path.isdir(path):
         raise LoadError(f"{path}: no such file")
     else:
         folder = fetch(path, choose, str(at.parent / (wanted or usual)[0]), **hub)
         file = folder / choose([str(at.parent / file.name) for file in (folder / at.parent).glob("*")])[0]
-    if not file.name.endswith(ends if use_safetensors is not None else ""):
+    if use_safetensors is not None and not file.name.endswith(ends):
         raise LoadError(f"{file}: use_safetensors={use_safetensors} was asked for")
     return file
 

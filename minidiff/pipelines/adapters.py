@@ -8,13 +8,14 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from .. import lora
 from ..checks import as_names, check_named_tensors, check_number
-from ..loading.adapters import LORA, find_file, is_file, match_lora, read_lora, write_lora
+from ..loading.adapters import LORA, find_file, match_lora, read_lora, write_lora
 from ..loading.arguments import DOWNLOADS, LOADING, check_keywords
 from ..loading.model import Model
 from .run import Runs
@@ -26,10 +27,11 @@ FILE_ARGUMENTS = ("weight_name", "subfolder", "use_safetensors", *DOWNLOADS)
 def file_or_given(owner: str, source: Any, usual: tuple[str, ...], keywords: dict[str, Any], given: Any) -> Any:
     """The file that a path and the keywords of a `load_...` mean; or the tensors that were given in its place."""
     taken = check_keywords(keywords, LOADING, owner, FILE_ARGUMENTS)
-    alone = "tensors" if isinstance(source, given) else "a file" if is_file(source) else None
-    if alone and (idle := [name for name in ("weight_name", "subfolder") if taken.get(name)]):
-        warnings.warn(f"{' and '.join(idle)} has no effect beside {alone}", stacklevel=3)
-    return source if isinstance(source, given) else find_file(source, usual, **taken)
+    found = source if isinstance(source, given) else find_file(source, usual, **taken)
+    idle = [name for name in ("weight_name", "subfolder") if taken.get(name)]
+    if idle and (found is source or found == Path(source)):
+        warnings.warn(f"{' and '.join(idle)} has no effect beside a file or tensors", stacklevel=3)
+    return found
 
 
 class LoraSwitches(Runs):

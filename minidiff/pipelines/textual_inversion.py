@@ -13,7 +13,7 @@ from ..loading.config import LoadError
 from ..loading.tensors import read_pickle, read_tensors
 from ..models import CLIPTextModel, CLIPTokenizer
 from .adapters import file_or_given
-from .prompt import all_vectors, with_all_vectors
+from .prompt import all_vectors, as_texts, with_all_vectors
 
 USUAL = ("learned_embeds.safetensors", "learned_embeds.bin")
 MAX_VECTORS = 1024  # of a token; no prompt holds more. A pickle may claim any number, and hold one
@@ -95,7 +95,7 @@ class TextualInversion:
 
     def maybe_convert_prompt(self, prompt: str | list[str], tokenizer: CLIPTokenizer) -> str | list[str]:
         """The prompt with a token for each vector. Calls do it themselves."""
-        convert = [with_all_vectors(text, tokenizer) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        convert = [with_all_vectors(text, tokenizer) for text in as_texts("prompt", prompt)]
         return convert[0] if isinstance(prompt, str) else convert
 
     def _pairs(self, tokenizer: CLIPTokenizer | None, text_encoder: CLIPTextModel | None) -> dict[str, Pair]:
