@@ -87,7 +87,7 @@ def load_image(
         try:
             picture = Image.open(source)
             picture.load()
-        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: PIL's, for a damaged PNG
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
             raise OSError(f"{where}: not a picture that PIL can read: {error}") from None
     else:
         raise ValueError(f"image must be a path, a URL or a PIL image, not {type(image).__name__}")

@@ -86,13 +86,13 @@ def test_flags_that_dont_go_together(draw, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "nowhere.png"], "image='nowhere.png' is no file here"),
-        (["--image", "in.png", "--strength", "0.2", "--scheduler", "ddim"], "strength=0.2 leaves none of 4 steps"),
-        (["--image", "in.png", "--strength", "1.5"], "strength=1.5 must lie in 0..1"),
-        (["--image", "in.png", "--width", "9"], "width=9 must be a positive multiple of 2"),
+        (["--image", "nowhere.png"], "--image: image='nowhere.png' is no file here"),
+        (["--image", "in.png", "--mask", "nowhere.png"], "--mask: image='nowhere.png' is no file here"),
+        (["--image", "in.png", "--strength", "0.2", "--scheduler", "ddim"], "--strength=0.2 leaves none of 4 steps"),
+        (["--image", "in.png", "--width", "9"], "--width=9 must be a positive multiple of 2"),
         (["--safety"], "--safety: {model} has no safety checker"),
         (["--refiner", "{model}"], "--refiner: ends what XL began, but {model} has a StableDiffusionPipeline"),
-        (["--preview", "./nowhere"], "./nowhere: there is no such folder"),
+        (["--preview", "./nowhere"], "--preview: ./nowhere: there is no such folder"),
         (["--preview", "wide"], "--preview: wide has 16 latent channels, not 4"),
     ],
 )
