@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import minidiff
 from minidiff.batch import draw_many
-from minidiff.command import ERRORS, arguments_of, draw, in_flags, lay_out, load, preview_file, write
+from minidiff.command import ERRORS, arguments_of, as_flag, draw, in_flags, load, preview_file, write
+from minidiff.images import make_grid
 
 BUNDLED = "tiny-emoji"
 DPM = "DPMSolverMultistepScheduler"
@@ -90,7 +91,7 @@ def flags() -> Parser:
     parser.add_argument("--refiner", metavar="MODEL", help="for XL: takes away the last fifth of the noise")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (%(default)s)")
     parser.add_argument(
-        "--height", type=number(int, 1), help="in pixels, a multiple of 8 (default: the model's, or --image's)"
+        "--height", type=number(int, 1), help="in pixels, a multiple of 8 (default: the model's, or in --image's shape)"
     )
     parser.add_argument("--width", type=number(int, 1), help="the same across")
     parser.add_argument(
@@ -126,7 +127,7 @@ def parse(parser: Parser, arguments: list[str], given: argparse.Namespace | None
     args = parser.parse_args(arguments, given and argparse.Namespace(**vars(given)))
     for flag, value in vars(args).items():
         if flag not in ("prompt", "negative") and "" in (value if isinstance(value, list) else [value]):
-            parser.error(f"argument --{flag}: is empty")
+            parser.error(f"argument {as_flag(flag)}: is empty")
     args.model = BUNDLED if args.model is None else args.model
     args.bundled = args.model == BUNDLED and not Path(BUNDLED).is_dir()
     args.folder = minidiff.bundled(BUNDLED) if args.bundled else args.model
@@ -211,8 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if args.prompts:
-            given = parser.parse_args([*arguments, "--batch=1"])
-            given.prompts = None
+            given = parser.parse_args(arguments)
+            given.prompts, given.batch = None, 1
             return draw_many(args, lambda line: checked(parse(parser, line, given)))
         pipe, refiner = load(checked(args))
         call = arguments_of(args, pipe)
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         images = draw(pipe, refiner, call)
         steps = pipe.num_timesteps + (refiner.num_timesteps if refiner else 0)
         seconds = (time.perf_counter() - started) / steps
-        picture = lay_out(images, args)
+        picture = make_grid(images, args.scale)
         write(picture, args.output, {**vars(args), "scheduler": type(pipe.scheduler).__name__})
     except ERRORS as error:
         print(f"error: {in_flags(error)}", file=sys.stderr)

@@ -29,7 +29,8 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from .command import ERRORS, Pipeline, arguments_of, draw, in_flags, lay_out, load, suited, write
+from .command import ERRORS, Pipeline, arguments_of, draw, in_flags, load, suited, write
+from .images import make_grid
 from .manifest import Read, add_record, alone_in, is_there, read_manifest, read_prompts, sha256, sharing
 
 SHAPE = ("strength", "height", "width", "steps", "guidance", "n")  # what the pictures of a batch have in common
@@ -139,7 +140,7 @@ def draw_batch(
         if line.new:
             line.output = Path(line.output)
             settings = vars(line) | {"scheduler": type(pipe.scheduler).__name__}
-            write(lay_out(pictures, line), line.output, settings)
+            write(make_grid(pictures, line.scale), line.output, settings)
             yield line, (time.perf_counter() - begun) / len(lines)
 
 

@@ -2,11 +2,9 @@
 
 import argparse
 import inspect
-import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import minidiff
 
+from .checks import naming
 from .images import load_image, make_grid, pt_to_pil
 from .pipelines.latents import decode_latents
 
@@ -46,10 +45,10 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]:
     without = {"safety_checker": None} if args.safety is False else {}
     with naming("--model"):
         pipe, refiner = load_one(Pipeline, args.folder, args, **without), None
+        if "prompt" not in takes(pipe):
+            raise ValueError(f"{args.model}: a {type(pipe).__name__} takes no prompt; call it from Python")
     if args.safety and pipe.components.get("safety_checker") is None:
         raise ValueError(f"--safety: {args.model} has no safety checker")
-    if "prompt" not in takes(pipe):
-        raise ValueError(f"{args.model}: a {type(pipe).__name__} takes no prompt; call it from Python")
     load_adapters(pipe, args.lora, args.embedding)
     if args.control:
         with naming("--control"):
@@ -76,15 +75,6 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]:
     return pipe, refiner
 
 
-@contextmanager
-def naming(flag: str) -> Iterator[None]:
-    """What fails within is told with the flag that asked for it."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise ValueError(f"{flag}: {error}") from error
-
-
 def load_one(kind: Any, place: str | Path, args: argparse.Namespace, **parts: Any) -> Any:
     """A pipeline or a network, of a file, which may be at an address, or of a folder or a Hub id."""
     dtype = getattr(torch, args.dtype)
@@ -94,7 +84,7 @@ def load_one(kind: Any, place: str | Path, args: argparse.Namespace, **parts: An
 
 
 def load_part(kind: Any, place: str, args: argparse.Namespace) -> Any:
-    """A network beside the pipeline, which may lack the variant, as a pipeline's own may."""
+    """A network beside the pipeline, which may lack the variant, as one of the pipeline may."""
     try:
         return load_one(kind, place, args)
     except OSError as error:
@@ -122,9 +112,8 @@ def load_adapters(pipe: Pipeline, loras: list[str], embeddings: list[str]) -> No
 
 def scaled(lora: str) -> tuple[str, float]:
     """A file or Hub id, and the scale that may stand behind it after a `:`."""
-    place, _, scale = lora.rpartition(":")
-    number = re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", scale) if place else None
-    return (place, float(scale)) if number else (lora, 1.0)
+    found = re.fullmatch(r"(.+):([-+]?[0-9]*\.?[0-9]+)", lora)
+    return (found[1], float(found[2])) if found else (lora, 1.0)
 
 
 def suited(pipe: Pipeline, args: argparse.Namespace) -> Pipeline:
@@ -150,31 +139,16 @@ def arguments_of(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
         if vars(args)[flag] is None:
             setattr(args, flag, takes(pipe)[KEYWORDS[flag]].default)
     asked = {flag: vars(args)[flag] for flag in KEYWORDS} | {"n": args.n if args.n > 1 else None}
-    steering = "control_image" if "control_image" in takes(pipe) else "image"  # of text to image it is the one picture
+    steering = "control_image" if "control_image" in takes(pipe) else "image"  # text to image has this one alone
     if args.control:
         asked |= {"control_image": None, steering: args.control_image}
-    as_its_picture = args.image and "height" not in takes(pipe)  # so large it draws
+    known = {*takes(pipe), *(("height", "width") if args.image else ())}  # else it is made as large
     for flag, keyword in KEYWORDS.items():
-        taken = keyword in takes(pipe) or (as_its_picture and flag in ("height", "width"))
-        if asked[flag] is not None and not taken:
-            raise ValueError(f"--{flag}: a {type(pipe).__name__} takes no {keyword}")
-        if asked[flag] is None and flag in ("image", "mask") and taken:
+        if asked[flag] is not None and keyword not in known:
+            raise ValueError(f"{as_flag(flag)}: a {type(pipe).__name__} takes no {keyword}")
+        if asked[flag] is None and flag in ("image", "mask") and keyword in known:
             raise ValueError(f"{args.model}: a {type(pipe).__name__} takes a picture: give --{flag}")
-    asked |= {flag: read_picture(flag, asked[flag]) for flag in ("image", "mask") if vars(args)[flag]}
-    controls = [read_picture("control-image", file) for file in args.control_image or ()]
-    if len({one.size for one in controls}) > 1 and None in (args.height, args.width):
-        sizes = (
-            f"{file} is {one.width} x {one.height}" for file, one in zip(args.control_image, controls, strict=True)
-        )
-        raise ValueError(f"--control-image: {', '.join(sizes)}: make them of one size, or give --height and --width")
-    if controls:
-        asked[steering] = controls if len(controls) > 1 else controls[0]
-    height, width = sides(args, pipe, asked["image"] if args.image else controls[0] if controls else None)
-    if not as_its_picture:
-        asked |= {"height": height, "width": width}
-    elif args.bundled or args.height or args.width:
-        height, width = pipe.size(height, width)
-        asked |= {"image": asked["image"].resize((width, height)), "height": None, "width": None}
+    asked |= pictures_of(args, pipe, steering)
     if args.preview:
         asked["preview"] = previewer(args, pipe)
     call = {KEYWORDS[flag]: value for flag, value in asked.items() if value is not None}
@@ -182,29 +156,50 @@ def arguments_of(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
     return {"prompt": args.prompt, "generator": seeded, **call}
 
 
-def read_picture(flag: str, file: str) -> Image.Image:
-    with naming(f"--{flag}"):
-        return load_image(file)
+def pictures_of(args: argparse.Namespace, pipe: Pipeline, steering: str) -> dict[str, Any]:
+    """What `arguments_of` asks of pictures: those that the flags name, and their height and width."""
+    read, files = {}, {"image": [args.image], "mask": [args.mask], "control_image": args.control_image or []}
+    for flag in files:
+        with naming(as_flag(flag)):
+            read[flag] = [load_image(file) for file in files[flag] if file]
+    asked = {flag: some if len(some) > 1 else some[0] for flag, some in read.items() if some}
+    controls = zip(files["control_image"], read["control_image"], strict=True)
+    if len({one.size for one in read["control_image"]}) > 1 and None in (args.height, args.width):
+        sizes = ", ".join(f"{file} is {one.width} x {one.height}" for file, one in controls)
+        raise ValueError(f"--control-image: {sizes}: make them of one size, or give --height and --width")
+    height, width = sides(args, pipe, *(read["image"] or read["control_image"])[:1])
+    if args.control:
+        asked[steering] = asked.pop("control_image")
+    if not args.image or "height" in takes(pipe):
+        return asked | {"height": height, "width": width}
+    if args.bundled or args.height or args.width:
+        height, width = pipe.size(height, width)
+        asked["image"] = asked["image"].resize((width, height))
+    return asked | {"height": None, "width": None}  # the pipeline draws as large as its picture is
 
 
-def sides(args: argparse.Namespace, pipe: Pipeline, picture: Image.Image | None) -> tuple[int | None, int | None]:
-    """Height and width: where they aren't asked for, those that keep the shape of the `picture`, if there is one. The
-    bundled model's are its own, as it draws in no other size."""
+def sides(args: argparse.Namespace, pipe: Pipeline, picture: Image.Image | None = None) -> tuple[int | None, ...]:
+    """Height and width: where they aren't asked for, those that keep the shape of the `picture`, if there is one. (The
+    bundled model draws in its own size.)"""
+    asked = args.height, args.width
     if picture is None or args.bundled:
-        return args.height, args.width
-    h, w, factor = picture.height, picture.width, pipe.vae_scale_factor
-    grown = (args.height or h) / h * (args.width or w) / w  # matters where one at most is asked for
-    whole = math.floor if grown == 1 else round
-    return args.height or max(factor, whole(h * grown / factor) * factor), args.width or max(
-        factor, whole(w * grown / factor) * factor
-    )
+        return asked
+    own, factor = (picture.height, picture.width), pipe.vae_scale_factor
+    grown = (args.height or own[0]) / own[0] * (args.width or own[1]) / own[1]  # read where one at most is asked for
+    whole = round if any(asked) else int  # as pipelines do with a picture's own
+    nearest = (max(factor, whole(side * grown / factor) * factor) for side in own)
+    return tuple(side or near for side, near in zip(asked, nearest, strict=True))
+
+
+def as_flag(name: str) -> str:
+    return "-n" if name == "n" else f"--{name.replace('_', '-')}"
 
 
 def in_flags(error: Exception) -> str:
     """What an error says, with the flag in place of the argument that it begins with."""
     for flag, keyword in KEYWORDS.items():
         if str(error).startswith(f"{keyword}="):
-            return f"--{flag}{str(error).removeprefix(keyword)}"
+            return as_flag(flag) + str(error).removeprefix(keyword)
     return str(error) or "there is not enough memory"
 
 
@@ -232,16 +227,10 @@ def previewer(args: argparse.Namespace, pipe: Pipeline) -> Callable[..., None]:
     def on_step(run: Pipeline, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         latents = tensors["latents"]
         latents = latents / latents.std().clamp(min=1)  # a VAE knows none as wide as the first noise of Euler's
-        write(lay_out(pt_to_pil(decode_latents(vae, latents, vae.device, run.latents_as)), args), preview_file(args))
+        pictures = pt_to_pil(decode_latents(vae, latents, vae.device, run.latents_as))
+        write(make_grid(pictures, args.scale), preview_file(args))
 
     return on_step
-
-
-def lay_out(pictures: list[Image.Image], args: argparse.Namespace) -> Image.Image:
-    """In a grid, enlarged."""
-    grid = make_grid(pictures)
-    size = (grid.width * args.scale, grid.height * args.scale)
-    return grid.resize(size, resample=Image.Resampling.NEAREST)  # pixels stay sharp
 
 
 def write(picture: Image.Image, file: Path, settings: Mapping[str, Any] | None = None) -> None:

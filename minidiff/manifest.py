@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .command import RECORDED, scaled
+from .command import RECORDED, as_flag, scaled
 from .loading.save import locked
 
 MANIFEST = "manifest.jsonl"
@@ -68,8 +68,8 @@ def _flags(row: bytes) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{key} is {json.dumps(value)}, which is neither a text nor a number")
         str(value).encode()  # half a pair of surrogates goes into no file
-    flags = {f"-{key}" if key == "n" else f"--{key}": value for key, value in given.items() if key != "prompt"}
-    return [*(f"{flag}={value}" for flag, value in flags.items()), "--", given["prompt"]]
+    flags = (f"{as_flag(key)}={value}" for key, value in given.items() if key != "prompt")
+    return [*flags, "--", given["prompt"]]
 
 
 def alone_in(folder: Path) -> ExitStack:

@@ -138,6 +138,22 @@ def test_wrong_arguments_are_told_before_anything_is_loaded(draw, arguments, mes
     assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        ([], 3),  # PNDM takes a step more
+        (["--scheduler", "ddim"], 2),
+        (["--scheduler", "ddim", "--image", "in.png", "--strength", "0.5"], 1),
+    ],
+)
+def test_seconds_are_those_of_the_steps_that_ran(draw, capsys, monkeypatch, more, count):
+    Image.new("RGB", (16, 16)).save("in.png")
+    clock = iter([0.0, 6.0])
+    monkeypatch.setattr("minidiff.__main__.time.perf_counter", lambda: next(clock))
+    assert draw(*more) == 0
+    assert f"{6 / count:.3f} s a step" in capsys.readouterr().out
+
+
 def test_a_pipeline_without_a_prompt(draw, tiny_ddpm_folder, capsys):
     assert draw("--model", str(tiny_ddpm_folder)) == 1
     assert "a DDPMPipeline takes no prompt" in capsys.readouterr().err
