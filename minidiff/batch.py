@@ -46,13 +46,17 @@ def draw_many(args: Namespace, read: Read) -> int:
         torch.set_num_threads(1)  # alone as under torchrun
     started, failed = time.perf_counter(), []
     store, rank, size, group = join(args.device)
-    plan = {}
+    plan = None
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group) if group else None
-        if rank == 0:
-            stack.enter_context(alone_in(args.output))
-            plan = publish(args, read, store, failed)
-        plan = told(plan, group)
+        try:
+            if rank == 0:
+                stack.enter_context(alone_in(args.output))
+                plan = publish(args, read, store, failed)
+        finally:
+            plan = told(plan, group)
+        if plan is None:  # the first process says why
+            return 1
         stack.enter_context(sharing(args.output))
         stopped = stack.enter_context(finishing())
         pipe, refiner = load(args) if plan["batches"] else (None, None)

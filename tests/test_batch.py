@@ -265,6 +265,11 @@ def test_places_that_are_none_are_told_by_their_flags(draw, tmp_path, capsys, mo
     assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
+def test_one_process_says_why_none_can_begin(draw, arguments):
+    assert codes(start(2, arguments("prompts.jsonl"))) == [1, 1]
+    assert Path("err.txt").read_text() == "error: -o: prompts.jsonl can't be a folder for pictures: File exists\n"
+
+
 @pytest.mark.parametrize("cut", (1, 2, 40, 10**6))
 def test_half_a_record_is_cut_off(draw, arguments, cut):
     assert draw("out", "--batch", "2") == 0
@@ -316,7 +321,9 @@ def test_no_run_begins_while_another_is_about_to_draw(draw, capsys, monkeypatch)
     told, begun = minidiff.batch.told, []
 
     def tell(value, group):  # the first one knows what is to be drawn, and hasn't begun
-        begun.append(draw("out")) if len(begun) == 0 and isinstance(value, dict) else None
+        if not begun:
+            begun.append(None)
+            begun[0] = draw("out")
         return told(value, group)
 
     monkeypatch.setattr(minidiff.batch, "told", tell)
