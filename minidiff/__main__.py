@@ -107,7 +107,7 @@ def flags() -> Parser:
     tiny = "a tiny VAE (madebyollin/taesd, for XL madebyollin/taesdxl), or own: the model's"
     shows = "shows each step in OUTPUT.preview.png, which no safety checker sees, and which goes in the end"
     parser.add_argument("--preview", metavar="MODEL", help=f"{tiny}; {shows}")
-    parser.add_argument("--scale", type=number(int, 1), help="enlarge each pixel (4 if bundled, else 1)")
+    parser.add_argument("--scale", type=number(int, 1, 64), help="enlarge each pixel (4 if bundled, else 1)")
     parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times"
     )

@@ -91,7 +91,6 @@ def test_grid_size_scale_and_scheduler(draw, tmp_path):
         (["--control", "./nowhere", "--control-image", "x"], "--control: ./nowhere: there is no such folder"),
         (["--embedding", "./nowhere.bin"], "--embedding: ./nowhere.bin: "),
         (["--scheduler", "ddim", "--karras"], "--karras: DDIMScheduler has no use_karras_sigmas"),
-        (["--scale", "1000000"], "there is not enough memory"),
     ],
 )
 def test_errors_are_one_line(draw, tmp_path, capsys, arguments, message, tiny_sd_folder):
@@ -108,7 +107,8 @@ def test_errors_are_one_line(draw, tmp_path, capsys, arguments, message, tiny_sd
     ("arguments", "message"),
     [
         (["-n", "0"], "-n: 0 must be 1 or more"),
-        (["--scale", "0"], "--scale: 0 must be 1 or more"),
+        (["--scale", "0"], "--scale: 0 must lie in 1..64"),
+        (["--scale", "1000000"], "--scale: 1000000 must lie in 1..64"),
         (["--steps", "0"], "--steps: 0 must be 1 or more"),
         (["--steps", "2.5"], "--steps: invalid int value: '2.5'"),
         (["--width", "-8"], "--width: -8 must be 1 or more"),
@@ -240,10 +240,17 @@ def test_a_picture_is_written_whole_or_not_at_all(draw, tmp_path, capsys, monkey
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
-def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FloatingPointError("the sample isn't finite after step 1"), "the sample isn't finite after step 1"),
+        (MemoryError(), "there is not enough memory"),
+    ],
+)
+def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch, error, told):
     def overflow(self, prompt, num_inference_steps=50, guidance_scale=7.5, generator=None):
-        raise FloatingPointError("the sample isn't finite after step 1")
+        raise error
 
     monkeypatch.setattr(minidiff.StableDiffusionPipeline, "__call__", overflow)
     assert draw() == 1
-    assert capsys.readouterr().err == "error: the sample isn't finite after step 1\n"
+    assert capsys.readouterr().err == f"error: {told}\n"
