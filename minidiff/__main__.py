@@ -3,11 +3,14 @@
 import argparse
 import difflib
 import json
+import math
+import os
 import re
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +19,8 @@ from tqdm import tqdm
 
 import minidiff
 from minidiff.batch import draw_many
-from minidiff.command import arguments_of, draw, lay_out, load, preview_file, write
+from minidiff.command import ERRORS, arguments_of, as_flag, draw, in_flags, load, preview_file, write
+from minidiff.images import make_grid
 
 BUNDLED = "tiny-emoji"
 DPM = "DPMSolverMultistepScheduler"
@@ -48,6 +52,20 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def number(kind: type, least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """A flag's type: a finite number of this kind, in `least`..`most`."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not (least <= value <= most and abs(value) < math.inf):
+            limits = f"lie in {least}..{most}" if most < math.inf else f"be {least} or more"
+            raise argparse.ArgumentTypeError(f"{text} must {'be finite' if least == -math.inf else limits}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse's "invalid int value"
+    return read
+
+
 def flags() -> Parser:
     parser = Parser(prog="python -m minidiff", description="Draw what a prompt says.")
     parser.add_argument("prompt", nargs="?", help='such as "a red apple on a blue background"')
@@ -55,20 +73,30 @@ def flags() -> Parser:
         "--model", help=f"a folder, a Hub id, or a .safetensors (default: {BUNDLED}, which comes with the package)"
     )
     parser.add_argument("--list", action="store_true", help=f"print what {BUNDLED} knows to draw, and stop")
-    parser.add_argument("--steps", type=int, help="of denoising (20 if bundled, else the pipeline's default)")
-    parser.add_argument("--guidance", type=float, help="how far to follow the prompt (3 if bundled, else as above)")
+    parser.add_argument(
+        "--steps", type=number(int, 1), help="of denoising (20 if bundled, else the pipeline's default)"
+    )
+    parser.add_argument(
+        "--guidance", type=number(float), help="how far to follow the prompt (3 if bundled, else as above)"
+    )
     parser.add_argument("--negative", metavar="PROMPT", help="what the picture should not show")
     parser.add_argument("--image", metavar="FILE", help="a picture to begin with; a URL will do")
     parser.add_argument("--mask", metavar="FILE", help="of --image, draw anew what is white here")
-    parser.add_argument("--strength", type=float, help="how far to leave --image, 0 to 1 (default: the pipeline's)")
+    parser.add_argument(
+        "--strength", type=number(float, 0, 1), help="how far to leave --image, 0 to 1 (default: the pipeline's)"
+    )
     net = "a ControlNet's folder, Hub id or file; may be given again, with a picture for each"
     parser.add_argument("--control", metavar="MODEL", action="append", help=net)
     parser.add_argument("--control-image", metavar="FILE", action="append", help="what it follows: edges, a depth, ...")
     parser.add_argument("--refiner", metavar="MODEL", help="for XL: takes away the last fifth of the noise")
     parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same picture (%(default)s)")
-    parser.add_argument("--height", type=int, help="in pixels, a multiple of 8 (default: the model's, or --image's)")
-    parser.add_argument("--width", type=int, help="the same across")
-    parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures, laid out in a grid (%(default)s)")
+    parser.add_argument(
+        "--height", type=number(int, 1), help="in pixels, a multiple of 8 (default: the model's, or in --image's shape)"
+    )
+    parser.add_argument("--width", type=number(int, 1), help="the same across")
+    parser.add_argument(
+        "-n", type=number(int, 1), default=1, metavar="N", help="pictures, laid out in a grid (%(default)s)"
+    )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="default: the one that the model's folder names")
     parser.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best one here)")
@@ -79,22 +107,27 @@ def flags() -> Parser:
     tiny = "a tiny VAE (madebyollin/taesd, for XL madebyollin/taesdxl), or own: the model's"
     shows = "shows each step in OUTPUT.preview.png, which no safety checker sees, and which goes in the end"
     parser.add_argument("--preview", metavar="MODEL", help=f"{tiny}; {shows}")
-    parser.add_argument("--scale", type=int, help="enlarge each pixel (4 if bundled, else 1)")
+    parser.add_argument("--scale", type=number(int, 1, 64), help="enlarge each pixel (4 if bundled, else 1)")
     parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="may be given several times"
     )
     parser.add_argument("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, so too")
     lines = 'a JSONL file, whose lines are drawn: {"prompt": "a fox", "seed": 1}, and what else differs from the flags'
     parser.add_argument("--prompts", metavar="FILE", help=lines)
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="of --prompts, drawn at once (%(default)s)")
+    parser.add_argument(
+        "--batch", type=number(int, 1), default=1, metavar="N", help="of --prompts, drawn at once (%(default)s)"
+    )
     where = "a PNG (minidiff.png), with --prompts a folder (pictures)"
-    parser.add_argument("-o", "--output", type=Path, help=where)
+    parser.add_argument("-o", "--output", help=where)
     return parser
 
 
-def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
-    """Raises ValueError for what can't be meant."""
-    args = parser.parse_args(arguments)
+def parse(parser: Parser, arguments: list[str], given: argparse.Namespace | None = None) -> argparse.Namespace:
+    """The flags, and those `given` before them. Raises ValueError for what can't be meant."""
+    args = parser.parse_args(arguments, given and argparse.Namespace(**vars(given)))
+    for flag, value in vars(args).items():
+        if flag not in ("prompt", "negative") and "" in (value if isinstance(value, list) else [value]):
+            parser.error(f"argument {as_flag(flag)}: is empty")
     args.model = BUNDLED if args.model is None else args.model
     args.bundled = args.model == BUNDLED and not Path(BUNDLED).is_dir()
     args.folder = minidiff.bundled(BUNDLED) if args.bundled else args.model
@@ -103,13 +136,21 @@ def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     args.steps = steps if args.steps is None else args.steps
     args.guidance = guidance if args.guidance is None else args.guidance
     args.scale = scale if args.scale is None else args.scale
-    args.output = Path("pictures" if args.prompts else "minidiff.png") if args.output is None else args.output
-    if not args.list and args.prompt is None and not args.prompts:
+    args.output = Path(args.output or ("pictures" if args.prompts else "minidiff.png"))
+    here = [kind for kind in ("cuda", "mps", "cpu", "xpu") if getattr(torch, kind).is_available()]
+    args.device = args.device or here[0]
+    kind, colon, i = args.device.partition(":")
+    if kind not in here or (colon and not (i.isdecimal() and int(i) < getattr(torch, kind).device_count())):
+        parser.error(f"argument --device: {args.device} isn't there; supported here: {', '.join(here)}")
+    args.dtype = args.dtype or ("float16" if kind == "cuda" else "float32")
+    if not args.list and args.prompt is None and args.prompts is None:
         parser.error("the following arguments are required: prompt")
     if args.prompts and (args.prompt is not None or args.preview):
         parser.error("argument --prompts: goes neither with another prompt nor with --preview")
-    if args.batch < 1 or (args.batch > 1 and args.prompts is None):
-        parser.error(f"argument --batch: {args.batch} must be 1 or more, beside --prompts")
+    if args.prompts and (Path(args.prompts).is_dir() or not os.access(args.prompts, os.R_OK)):
+        parser.error(f"argument --prompts: {args.prompts} must be a file that can be read")
+    if args.batch > 1 and not args.prompts:
+        parser.error(f"argument --batch: {args.batch} needs --prompts")
     for flag in ("mask", "strength"):
         if vars(args)[flag] is not None and args.image is None and not args.prompts:
             parser.error(f"argument --{flag}: needs --image")
@@ -119,10 +160,6 @@ def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
         parser.error("argument --refiner: would change what --mask keeps; leave one out")
     if args.safety and args.preview:
         parser.error("argument --preview: shows what --safety might hide; leave one out")
-    if args.n < 1:
-        parser.error(f"argument -n: {args.n} is less than 1")
-    if args.scale < 1:
-        parser.error(f"argument --scale: {args.scale} is less than 1")
     if not 0 <= args.seed < 2**64 - args.n:
         parser.error(f"argument --seed: {args.seed} must lie in 0..2^64 - {args.n + 1}")
     if args.prompts:
@@ -131,6 +168,8 @@ def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
         parser.error(f"argument -o: {args.output} must be a .png in a folder that exists")
     if problem := why_not_writable(args.output):
         parser.error(f"argument -o: {args.output} can't be written: {problem}")
+    if args.preview and os.path.lexists(preview_file(args)):
+        parser.error(f"argument --preview: {preview_file(args)} is there: move it away, or choose another -o")
     return args
 
 
@@ -171,24 +210,26 @@ def main(arguments: list[str] | None = None) -> int:
             warn_of_unknown_words(f"{one.prompt} {one.negative or ''}", known["words"])
         return one
 
-    device = args.device or next((d for d in ("cuda", "mps") if getattr(torch, d).is_available()), "cpu")
     try:
-        if args.prompts:  # a line's flags come after the command's
-            return draw_many(args, lambda line: checked(parse(parser, [*arguments, "--prompts=", *line])), device)
-        pipe, refiner = load(checked(args), device)
+        if args.prompts:
+            given = parser.parse_args(arguments)
+            given.prompts, given.batch = None, 1
+            return draw_many(args, lambda line: checked(parse(parser, line, given)))
+        pipe, refiner = load(checked(args))
         call = arguments_of(args, pipe)
         started = time.perf_counter()
         images = draw(pipe, refiner, call)
-        seconds = time.perf_counter() - started
-        picture = lay_out(images, args)
+        steps = pipe.num_timesteps + (refiner.num_timesteps if refiner else 0)
+        seconds = (time.perf_counter() - started) / steps
+        picture = make_grid(images, args.scale)
         write(picture, args.output, {**vars(args), "scheduler": type(pipe.scheduler).__name__})
-    except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError, AssertionError) as error:  # last: no CUDA
-        print(f"error: {error}", file=sys.stderr)
+    except ERRORS as error:
+        print(f"error: {in_flags(error)}", file=sys.stderr)
         return 1
     finally:
         if args.preview:
             preview_file(args).unlink(missing_ok=True)
-    print(f"{args.output} ({picture.width} x {picture.height}, {seconds / args.steps:.3f} s a step on {device})")
+    print(f"{args.output} ({picture.width} x {picture.height}, {seconds:.3f} s a step on {args.device})")
     if args.bundled:
         print(f"Drawn by the bundled {BUNDLED}; a real one: --model stable-diffusion-v1-5/stable-diffusion-v1-5")
     return 0

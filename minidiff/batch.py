@@ -29,33 +29,37 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from .command import Pipeline, arguments_of, draw, lay_out, load, suited, write
+from .command import ERRORS, Pipeline, arguments_of, draw, in_flags, load, suited, write
+from .images import make_grid
 from .manifest import Read, add_record, alone_in, is_there, read_manifest, read_prompts, sha256, sharing
 
 SHAPE = ("strength", "height", "width", "steps", "guidance", "n")  # what the pictures of a batch have in common
-ERRORS = (ValueError, TypeError, OSError, ArithmeticError, RuntimeError)  # of a line, which the others survive
 WAIT = timedelta(days=7)  # for one another: who is slow may be, and who is dead is noticed at once
 
 
-def draw_many(args: Namespace, read: Read, device: str) -> int:
+def draw_many(args: Namespace, read: Read) -> int:
     """Draws what isn't there yet. Returns the exit code: 1 if a line has no picture."""
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(1, torch.cuda.device_count())}"
-        torch.cuda.set_device(device)
+    if args.device == "cuda":
+        args.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        torch.cuda.set_device(args.device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # alone as under torchrun
     started, failed = time.perf_counter(), []
-    store, rank, size, group = join(device)
-    plan = {}
-    if rank == 0:
-        with alone_in(args.output):
-            plan = publish(args, read, store, failed)
-    plan = told(plan, group)
+    store, rank, size, group = join(args.device)
+    plan = None
     with ExitStack() as stack:
         stack.callback(dist.destroy_process_group) if group else None
+        try:
+            if rank == 0:
+                stack.enter_context(alone_in(args.output))
+                plan = publish(args, read, store, failed)
+        finally:
+            plan = told(plan, group)
+        if plan is None:  # the first process says why
+            return 1
         stack.enter_context(sharing(args.output))
         stopped = stack.enter_context(finishing())
-        pipe, refiner = load(args, device) if plan["batches"] else (None, None)
+        pipe, refiner = load(args) if plan["batches"] else (None, None)
         if rank == 0:
             stack.enter_context(bar(store, plan["new"]))
         try:
@@ -123,7 +127,7 @@ def batches(lines: list[Namespace], most: int) -> Iterator[list[Namespace]]:
     """Lines whose pictures one call can draw."""
     alike: dict[tuple, list[Namespace]] = {}
     for line in lines:
-        sized = line.bundled or line.height is not None or line.width is not None
+        sized = line.bundled or None not in (line.height, line.width)
         image = line.image is not None if sized else line.image  # a picture may be as large as it likes
         key = (image, line.mask is None, line.negative is None, *(vars(line)[name] for name in SHAPE))
         alike.setdefault(key, []).append(line)
@@ -140,7 +144,7 @@ def draw_batch(
         if line.new:
             line.output = Path(line.output)
             settings = vars(line) | {"scheduler": type(pipe.scheduler).__name__}
-            write(lay_out(pictures, line), line.output, settings)
+            write(make_grid(pictures, line.scale), line.output, settings)
             yield line, (time.perf_counter() - begun) / len(lines)
 
 
@@ -177,7 +181,7 @@ def together(calls: list[dict[str, Any]]) -> dict[str, Any]:
 
 def tell(number: int, error: Exception, failed: list[int]) -> None:
     failed.append(number)
-    tqdm.write(f"line {number}: {error}", file=sys.stderr)
+    tqdm.write(f"line {number}: {in_flags(error)}", file=sys.stderr)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,3 +50,12 @@ def check_number(value: Any, name: str, least: float = -math.inf, most: float = 
     if not (math.isfinite(value) and least <= value <= most):
         above = f", and {least} or more" if least > -math.inf else ""
         raise ValueError(f"{name}={value} must be finite{above if most == math.inf else f', and in {least}..{most}'}")
+
+
+@contextmanager
+def naming(argument: str) -> Iterator[None]:
+    """What fails within is told with the argument that asked for it, as a ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise ValueError(f"{argument}: {error}") from error

@@ -87,7 +87,7 @@ def load_image(
         try:
             picture = Image.open(source)
             picture.load()
-        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: PIL's, for a damaged PNG
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
             raise OSError(f"{where}: not a picture that PIL can read: {error}") from None
     else:
         raise ValueError(f"image must be a path, a URL or a PIL image, not {type(image).__name__}")
@@ -111,9 +111,11 @@ def make_image_grid(images: list[Image.Image], rows: int, cols: int, resize: int
     return _grid([image.resize((resize, resize)) for image in images] if resize else images, cols)
 
 
-def make_grid(pictures: list[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side, row by row: in a square, or with one column more than rows."""
-    return _grid(pictures, columns=int(np.ceil(np.sqrt(len(pictures)))))
+def make_grid(pictures: list[Image.Image], scale: int = 1) -> Image.Image:
+    """Pictures of one size side by side, row by row: in a square, or with one column more than rows. Enlarged `scale`
+    times, pixels stay sharp."""
+    grid = _grid(pictures, columns=int(np.ceil(np.sqrt(len(pictures)))))
+    return grid.resize((grid.width * scale, grid.height * scale), resample=Image.Resampling.NEAREST)
 
 
 def _grid(pictures: list[Image.Image], columns: int) -> Image.Image:

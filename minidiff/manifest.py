@@ -8,18 +8,20 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .command import RECORDED
+from .command import RECORDED, as_flag, scaled
 from .loading.save import locked
 
 MANIFEST = "manifest.jsonl"
+LOCK = ".lock"  # of the run in the folder; the file stays
 KEYS = ("prompt", "negative", "image", "mask", "strength", "height", "width", "steps", "guidance", "seed", "n")
-SETTINGS = (*RECORDED, "karras", "dtype", "variant", "safety", "scale")  # what a picture depends on
+SETTINGS = (*RECORDED, "karras", "dtype", "variant", "safety", "scale")  # what a picture depends on, beside `files`
 
 Read = Callable[[list[str]], Namespace]
 
@@ -30,18 +32,28 @@ def read_prompts(file: str, folder: Path, read: Read, failed: Callable[[int, Exc
     To that it adds the line's `number`, from 1, and its `settings`, as they were asked for. `failed` is told of lines
     that can't be read; empty ones are none.
     """
-    lines = []
+    lines, digest = [], cache(sha256)
     with open(file, "rb") as rows:
         for number, row in enumerate(rows, 1):
             if row.strip():
                 try:
-                    lines.append(line := read([f"--output={folder / f'{number:05}.png'}", *_flags(row)]))
-                except (ValueError, RecursionError) as error:
-                    failed(number, error)
-                else:
+                    line = read([f"--output={folder / f'{number:05}.png'}", *_flags(row)])
                     line.number = number
                     line.settings = {key: vars(line)[key] for key in SETTINGS if vars(line)[key] is not None}
+                    line.settings["device"] = line.device.partition(":")[0]
+                    line.settings["files"] = {str(file): digest(file) for file in _files_of(line)}
+                    lines.append(line)
+                except (OSError, ValueError, RecursionError) as error:
+                    failed(number, error)
     return lines
+
+
+def _files_of(line: Namespace) -> list[Path]:
+    """What a picture depends on beside the models, which are told by their names alone: they are large."""
+    pictures = [Path(file) for file in (line.image, line.mask, *(line.control_image or ())) if file is not None]
+    adapters = [Path(place) for place in (*line.embedding, *(scaled(lora)[0] for lora in line.lora))]
+    inside = [file for place in adapters for file in sorted(place.glob("*"))]
+    return [file for file in (*pictures, *adapters, *inside) if file.is_file()]
 
 
 def _flags(row: bytes) -> list[str]:
@@ -56,19 +68,24 @@ def _flags(row: bytes) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{key} is {json.dumps(value)}, which is neither a text nor a number")
         str(value).encode()  # half a pair of surrogates goes into no file
-    flags = {f"-{key}" if key == "n" else f"--{key}": value for key, value in given.items() if key != "prompt"}
-    return [*(f"{flag}={value}" for flag, value in flags.items()), "--", given["prompt"]]
+    flags = (f"{as_flag(key)}={value}" for key, value in given.items() if key != "prompt")
+    return [*flags, "--", given["prompt"]]
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Makes the folder. Raises OSError where somebody writes to it, who has `sharing` of it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def alone_in(folder: Path) -> ExitStack:
+    """Makes the folder, and locks it to other runs. Raises OSError where one is at work, or a process is left of it,
+    which has `sharing`."""
     try:
-        with locked([folder], wait=False):
-            yield
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+        with ExitStack() as stack:
+            stack.enter_context(locked([folder / LOCK], wait=False))
+            with locked([folder], wait=False):
+                return stack.pop_all()
     except BlockingIOError:
         raise OSError(f"{folder}: another run draws into it") from None
+    except OSError as error:
+        raise OSError(f"-o: {folder} can't be a folder for pictures: {error.strerror or error}") from None
 
 
 def sharing(folder: Path) -> Any:

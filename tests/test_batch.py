@@ -166,10 +166,10 @@ BAD = {
     '{"prompt": "red", "model": "x"}': "'model' is not known: a line takes prompt, negative,",
     '{"prompt": "red", "seed": null}': "seed is null, which is neither a text nor a number",
     '{"prompt": "red", "seed": 1.5}': "argument --seed: invalid int value: '1.5'",
-    '{"prompt": "red", "n": 0}': "argument -n: 0 is less than 1",
+    '{"prompt": "red", "n": 0}': "argument -n: 0 must be 1 or more",
     '{"prompt": "red", "strength": 1}': "argument --strength: needs --image",
-    '{"prompt": "red", "height": 17}': "height=17 must be a positive multiple of",
-    '{"prompt": "red", "image": "nowhere.png"}': "image='nowhere.png' is no file here",
+    '{"prompt": "red", "height": 17}': "--height=17 must be a positive multiple of",
+    '{"prompt": "red", "image": "nowhere.png"}': "--image: image='nowhere.png' is no file here",
     '{"prompt": "\\ud800"}': "surrogates not allowed",
     '{"prompt": "--seed=3", "negative": "-x"}': None,
     "\udcff": "can't decode byte",
@@ -211,6 +211,63 @@ def test_a_start_draws_what_is_not_there(draw, arguments, prompts, capsys, monke
     assert sorted(record["line"] for record in records[len(LINES) :]) == [1, 2, 3, len(LINES) + 1]
     assert draw("out", "--guidance", "3") == 0  # the command's settings are those of lines that say nothing else
     assert f"{len(LINES)} pictures drawn in" in capsys.readouterr().out
+
+
+def test_a_start_draws_what_begins_with_other_files_now(draw, prompts, tiny_sd_folder, capsys):
+    """Files of the same name and size; and another dtype."""
+    pipe = minidiff.DiffusionPipeline.from_pretrained(tiny_sd_folder)
+    parameters = minidiff.lora.add(pipe.unet, rank=2)
+
+    def save(name, seed):
+        if name == "lora":
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in parameters:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+            pipe.save_lora_weights("lora", minidiff.lora.state_dict(pipe.unet))
+        else:
+            Image.new("RGB", (16, 16), (seed, seed, seed)).save(name)
+
+    for name in ("in.png", "mask.png", "lora"):
+        save(name, 9)
+    prompts(
+        {"prompt": "red"}, {"prompt": "red", "image": "in.png"}, {"prompt": "a", "image": "in.png", "mask": "mask.png"}
+    )
+    flags = ("--lora", "lora:0.5")
+    assert draw("out", *flags) == 0
+    for name, count in ((None, 0), ("in.png", 2), ("mask.png", 1), ("lora", 3)):
+        save(name, 200) if name else None
+        capsys.readouterr()
+        assert draw("out", *flags) == 0
+        assert f"{count} pictures drawn" in capsys.readouterr().out, name
+    assert draw("out", *flags, "--dtype", "bfloat16") == 0
+    assert "3 pictures drawn" in capsys.readouterr().out
+    assert {row["settings"]["dtype"] for row in rows_of("out")} == {"float32", "bfloat16"}
+    assert {row["settings"]["device"] for row in rows_of("out")} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompts", "nope.jsonl"], "argument --prompts: nope.jsonl must be a file that can be read"),
+        (["--prompts", "."], "argument --prompts: . must be a file that can be read"),
+        (["--prompts", ""], "argument --prompts: is empty"),
+        (["-o", ""], "argument --output: is empty"),
+        (["-o", "prompts.jsonl"], "error: -o: prompts.jsonl can't be a folder for pictures: File exists"),
+        (["-o", "prompts.jsonl/x"], "error: -o: prompts.jsonl/x can't be a folder for pictures: Not a directory"),
+    ],
+)
+def test_places_that_are_none_are_told_by_their_flags(draw, tmp_path, capsys, more, message):
+    try:
+        assert draw("out", *more) == 1
+    except SystemExit as caught:
+        assert caught.code == 2
+    assert message in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_one_process_says_why_none_can_begin(draw, arguments):
+    assert codes(start(2, arguments("prompts.jsonl"))) == [1, 1]
+    assert Path("err.txt").read_text() == "error: -o: prompts.jsonl can't be a folder for pictures: File exists\n"
 
 
 @pytest.mark.parametrize("cut", (1, 2, 40, 10**6))
@@ -258,6 +315,21 @@ def test_a_run_has_the_folder_for_itself(draw, capsys):
         assert draw("out") == 1
     assert capsys.readouterr().err == "error: out: another run draws into it\n"
     assert draw("out") == 0
+
+
+def test_no_run_begins_while_another_is_about_to_draw(draw, capsys, monkeypatch):
+    told, begun = minidiff.batch.told, []
+
+    def tell(value, group):  # the first one knows what is to be drawn, and hasn't begun
+        if not begun:
+            begun.append(None)
+            begun[0] = draw("out")
+        return told(value, group)
+
+    monkeypatch.setattr(minidiff.batch, "told", tell)
+    assert draw("out") == 0 and begun == [1]
+    assert "error: out: another run draws into it\n" in capsys.readouterr().err
+    manifest("out")
 
 
 def lost(children, chosen):

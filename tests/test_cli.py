@@ -65,7 +65,7 @@ def test_lora_and_embeddings(draw, tmp_path, tiny_sd_folder, capsys):
         assert picture.text["lora"] == "['one.safetensors:-0.5', 'two.safetensors']"
         assert picture.text["embedding"] == "['new.bin']"
     assert draw("--lora", "nowhere.safetensors:1") == 1
-    assert "error: nowhere.safetensors: no such file" in capsys.readouterr().err
+    assert "error: --lora: nowhere.safetensors: no such file" in capsys.readouterr().err
 
 
 def test_grid_size_scale_and_scheduler(draw, tmp_path):
@@ -83,37 +83,75 @@ def test_grid_size_scale_and_scheduler(draw, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", "101"], "error: height=101 must be a positive multiple of "),
-        (["--steps", "0"], "error: num_inference_steps=0"),
-        (["--model", "./nowhere"], "error: ./nowhere: there is no such folder"),
-        (["--device", "quantum"], "error: "),
-        *[(["--device", "cuda"], "error: ")] * (not torch.cuda.is_available()),
+        (["--height", "101"], "--height=101 must be a positive multiple of "),
+        (["--steps", "2000"], "--steps=2000 must lie in 1..1000"),
+        (["--model", "./nowhere"], "--model: ./nowhere: there is no such folder"),
+        (["--model", "file.bin"], "--model: file.bin: "),
+        (["--variant", "fp8"], "--model: {model}: no component has weights of the variant 'fp8'"),
+        (["--control", "./nowhere", "--control-image", "x"], "--control: ./nowhere: there is no such folder"),
+        (["--embedding", "./nowhere.bin"], "--embedding: ./nowhere.bin: "),
+        (["--scheduler", "ddim", "--karras"], "--karras: DDIMScheduler has no use_karras_sigmas"),
     ],
 )
-def test_errors_are_one_line(draw, tmp_path, capsys, arguments, message):
+def test_errors_are_one_line(draw, tmp_path, capsys, arguments, message, tiny_sd_folder):
+    """They name the flag."""
+    Path("file.bin").write_bytes(b"no weights")
     assert draw(*arguments) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(message) and captured.out == ""
-    assert not list(tmp_path.iterdir())
+    told = captured.err.splitlines()[-1]
+    assert told.startswith(f"error: {message.format(model=tiny_sd_folder)}") and captured.out == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["file.bin"]
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["-n", "0"],
-        ["--scale", "0"],
-        ["-o", "picture.jpg"],
-        ["-o", "nowhere/x.png"],
-        ["--scheduler", "eular"],
-        ["--seed", str(2**64)],
-        ["--seed", "-1"],
-        ["--seed", str(2**64 - 1), "-n", "2"],
+        (["-n", "0"], "-n: 0 must be 1 or more"),
+        (["--scale", "0"], "--scale: 0 must lie in 1..64"),
+        (["--scale", "1000000"], "--scale: 1000000 must lie in 1..64"),
+        (["--steps", "0"], "--steps: 0 must be 1 or more"),
+        (["--steps", "2.5"], "--steps: invalid int value: '2.5'"),
+        (["--width", "-8"], "--width: -8 must be 1 or more"),
+        (["--guidance", "nan"], "--guidance: nan must be finite"),
+        (["--guidance", "-inf"], "--guidance: expected one argument"),
+        (["--guidance=-inf"], "--guidance: -inf must be finite"),
+        (["--image", "x.png", "--strength", "1.5"], "--strength: 1.5 must lie in 0..1"),
+        (["--image", "x.png", "--strength", "nan"], "--strength: nan must lie in 0..1"),
+        (["--batch", "2"], "--batch: 2 needs --prompts"),
+        (["-o", "picture.jpg"], "-o: picture.jpg must be a .png"),
+        (["-o", "nowhere/x.png"], "-o: nowhere/x.png must be a .png in a folder that exists"),
+        (["--scheduler", "eular"], "--scheduler: invalid choice: 'eular'"),
+        (["--seed", str(2**64)], f"--seed: {2**64} must lie in 0..2^64 - 2"),
+        (["--seed", "-1"], "--seed: -1 must lie"),
+        (["--seed", str(2**64 - 1), "-n", "2"], "must lie in 0..2^64 - 3"),
+        *(([flag, ""], f"{flag}: is empty") for flag in ("--model", "--device", "--image", "--lora", "--output")),
+        *(
+            (["--device", name], f"--device: {name} isn't there; supported here: ")
+            for name in ("foo", "cuda:99", "cpu:x")
+        ),
+        *[(["--device", "cuda"], "--device: cuda isn't there; supported here: cpu")] * (not torch.cuda.is_available()),
     ],
 )
-def test_wrong_arguments_are_told_before_anything_is_loaded(draw, arguments):
+def test_wrong_arguments_are_told_before_anything_is_loaded(draw, arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         draw(*arguments)
-    assert caught.value.code == 2
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "count"),
+    [
+        ([], 3),  # PNDM takes a step more
+        (["--scheduler", "ddim"], 2),
+        (["--scheduler", "ddim", "--image", "in.png", "--strength", "0.5"], 1),
+    ],
+)
+def test_seconds_are_those_of_the_steps_that_ran(draw, capsys, monkeypatch, more, count):
+    Image.new("RGB", (16, 16)).save("in.png")
+    clock = iter([0.0, 6.0])
+    monkeypatch.setattr("minidiff.__main__.time.perf_counter", lambda: next(clock))
+    assert draw(*more) == 0
+    assert f"{6 / count:.3f} s a step" in capsys.readouterr().out
 
 
 def test_a_pipeline_without_a_prompt(draw, tiny_ddpm_folder, capsys):
@@ -202,10 +240,17 @@ def test_a_picture_is_written_whole_or_not_at_all(draw, tmp_path, capsys, monkey
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
-def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FloatingPointError("the sample isn't finite after step 1"), "the sample isn't finite after step 1"),
+        (MemoryError(), "there is not enough memory"),
+    ],
+)
+def test_a_run_that_overflows_is_one_line(draw, tmp_path, capsys, monkeypatch, error, told):
     def overflow(self, prompt, num_inference_steps=50, guidance_scale=7.5, generator=None):
-        raise FloatingPointError("the sample isn't finite after step 1")
+        raise error
 
     monkeypatch.setattr(minidiff.StableDiffusionPipeline, "__call__", overflow)
     assert draw() == 1
-    assert capsys.readouterr().err == "error: the sample isn't finite after step 1\n"
+    assert capsys.readouterr().err == f"error: {told}\n"

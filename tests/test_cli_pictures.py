@@ -57,6 +57,22 @@ def test_a_picture_is_made_as_large_as_it_is_asked_for(draw):
     assert pixels().shape == (32, 2 * 48, 3)
 
 
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [
+        (["--height", "48"], (48, 32)),
+        (["--width", "12"], (18, 12)),
+        (["--width", "10"], (16, 10)),  # 15 is no multiple of the VAE's 2
+        (["--mask", "mask.png"], (24, 16)),
+        (["--mask", "mask.png", "--height", "12"], (12, 8)),
+        (["--mask", "mask.png", "--height", "12", "--width", "24"], (12, 24)),
+    ],
+)
+def test_a_side_that_isnt_asked_for_keeps_the_shape(draw, asked, size):
+    assert draw("--image", "in.png", *asked, steps=2) == 0
+    assert pixels().shape == (*size, 3)
+
+
 def test_inpainting_as_python_draws_it(draw, tiny_sd_folder):
     pictures = ["--image", "in.png", "--mask", "mask.png"]
     assert draw(*pictures, "--strength", "0.7", "--height", "24", "--width", "16", "--guidance", "2") == 0
@@ -86,13 +102,13 @@ def test_flags_that_dont_go_together(draw, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "nowhere.png"], "image='nowhere.png' is no file here"),
-        (["--image", "in.png", "--strength", "0.2", "--scheduler", "ddim"], "strength=0.2 leaves none of 4 steps"),
-        (["--image", "in.png", "--strength", "1.5"], "strength=1.5 must lie in 0..1"),
-        (["--image", "in.png", "--width", "9"], "width=9 must be a positive multiple of 2"),
+        (["--image", "nowhere.png"], "--image: image='nowhere.png' is no file here"),
+        (["--image", "in.png", "--mask", "nowhere.png"], "--mask: image='nowhere.png' is no file here"),
+        (["--image", "in.png", "--strength", "0.2", "--scheduler", "ddim"], "--strength=0.2 leaves none of 4 steps"),
+        (["--image", "in.png", "--width", "9"], "--width=9 must be a positive multiple of 2"),
         (["--safety"], "--safety: {model} has no safety checker"),
         (["--refiner", "{model}"], "--refiner: ends what XL began, but {model} has a StableDiffusionPipeline"),
-        (["--preview", "./nowhere"], "./nowhere: there is no such folder"),
+        (["--preview", "./nowhere"], "--preview: ./nowhere: there is no such folder"),
         (["--preview", "wide"], "--preview: wide has 16 latent channels, not 4"),
     ],
 )
@@ -128,7 +144,7 @@ def test_folders_that_want_a_picture_or_take_less(draw, tiny_sd_folder, capsys):
     assert draw("--model", "inpaint", "--image", "in.png", "--mask", "mask.png") == 0
 
 
-def test_xl_with_its_refiner_as_python_draws_it(draw, tmp_path):
+def test_xl_with_its_refiner_as_python_draws_it(draw, tmp_path, monkeypatch):
     """Without --guidance it is XL's own; the refiner has the base model's VAE and second text encoder."""
     base = minidiff.DiffusionPipeline.from_pretrained(make_folder("stable-diffusion-xl-base-1.0", tmp_path / "base"))
     c, wide = base.unet.config, base.text_encoder_2.config
@@ -149,6 +165,12 @@ def test_xl_with_its_refiner_as_python_draws_it(draw, tmp_path):
     assert np.array_equal(pixels(), np.asarray(expected))
     text = Image.open("minidiff.png").text
     assert (text["refiner"], text["guidance"]) == ("refiner", "5.0")
+    Path("refiner.safetensors").touch()
+    load = minidiff.DiffusionPipeline.from_pretrained
+    read = lambda file, **given: load(Path(file).stem, **given)  # noqa: E731
+    monkeypatch.setattr(minidiff.DiffusionPipeline, "from_single_file", read)
+    assert draw(*asked, "--refiner", "refiner.safetensors", "-o", "file.png", steps=5) == 0
+    assert np.array_equal(pixels("file.png"), pixels())
     Path("lines.jsonl").write_text('{"prompt": "red", "seed": 1}\n{"prompt": "red apple"}\n')
     many = ("--prompts", "lines.jsonl", "--batch", "2", "-o", "out", "--steps", "5", "--device", "cpu")
     assert main([*asked, *many]) == 0
@@ -192,13 +214,40 @@ def test_previews_come_near_to_the_picture(previews, tmp_path):
     assert not (tmp_path / "out.preview.png").exists()
 
 
-def test_previews_by_a_tiny_vae(draw, previews):
+@pytest.mark.parametrize("variant", (None, "fp16"))
+def test_previews_by_a_tiny_vae(draw, previews, tiny_sd_folder, variant):
     """In its own size, the pictures in a grid."""
     widths = {"encoder_block_out_channels": [8] * 3, "decoder_block_out_channels": [8] * 3}
     few = {"num_encoder_blocks": [1] * 3, "num_decoder_blocks": [1] * 3}
-    minidiff.AutoencoderTiny(**widths, **few).save_pretrained("tiny")
-    assert draw("--preview", "tiny", "-o", "out.png", "-n", "2", steps=2) == 0
+    minidiff.AutoencoderTiny(**widths, **few).save_pretrained("tiny", variant=variant)
+    minidiff.DiffusionPipeline.from_pretrained(tiny_sd_folder).save_pretrained("sd", variant=variant)
+    asked = ["--model", "sd", *(["--variant", variant] if variant else [])]
+    assert draw(*asked, "--preview", "tiny", "-o", "out.png", "-n", "2", steps=2) == 0
     assert [picture.shape for picture in previews] == [(32, 64, 3)] * 3  # PNDM takes a step more
+
+
+def test_previews_where_there_are_none(draw, tmp_path, capsys):
+    make_folder("ldm-text2im-large-256", tmp_path / "ldm")
+    assert draw("--model", "ldm", "--preview", "own") == 1
+    told = "error: --preview: a LDMTextToImagePipeline takes no callback_on_step_end\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_file_of_ones_own_where_the_preview_would_be(draw, capsys):
+    Path("out.preview.png").write_bytes(b"my own")
+    with pytest.raises(SystemExit):
+        draw("--preview", "own", "-o", "out.png")
+    assert "argument --preview: out.preview.png is there: move it away" in capsys.readouterr().err
+    assert Path("out.preview.png").read_bytes() == b"my own"
+
+
+def test_a_picture_that_is_too_large_for_pil(draw, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 16 // 2 - 1)
+    assert draw("--image", "in.png") == 1
+    assert (
+        "error: --image: in.png: not a picture that PIL can read: Image size (384 pixels) exceeds"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_bundled_model_begins_with_a_picture(capsys):

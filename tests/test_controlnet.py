@@ -772,11 +772,26 @@ def test_command_line(tiny_sd_folder, tmp_path, monkeypatch, capsys):
         with Image.open("minidiff.png") as drawn:
             assert np.array_equal(np.asarray(drawn), np.asarray(expected))
             assert "edges0.png" in drawn.text["control_image"]
+    drawn = ["red apple", "--model", str(tiny_sd_folder), "--steps", "1", "--device", "cpu"]
+    assert main([*drawn, *one, "--height", "24"]) == 0
+    assert Image.open("minidiff.png").size == (18, 24)  # in the shape of its control picture
+    picture(8, 12).save("edges1.png")
+    capsys.readouterr()
+    assert main([*drawn, *both_]) == 1
+    told = "error: --control-image: edges0.png is 12 x 16, edges1.png is 12 x 8: make them of one size, or give"
+    assert capsys.readouterr().err.startswith(told)
+    assert main([*drawn, *both_, "--height", "16", "--width", "12"]) == 0
+    pipe.save_pretrained("pipe", variant="fp16"), nets[0].save_pretrained("net", variant="fp16")
+    for net in ("net", "net0"):  # the second one has no such weights
+        capsys.readouterr()
+        half = ["--model", "pipe", "--variant", "fp16", "--control", net, "--control-image", "edges0.png"]
+        assert main([*drawn, *half]) == 0
+        assert ("net0: no weights found" in capsys.readouterr().err) == (net == "net0")
     with pytest.raises(SystemExit):
         main(["red apple", "--control", "net0"])
     assert "argument --control-image: give one for each --control" in capsys.readouterr().err
     assert main(["a", "--model", str(tiny_sd_folder), "--control", "nowhere/", "--control-image", "edges0.png"]) == 1
-    assert "nowhere/: there is no such folder" in capsys.readouterr().err
+    assert "error: --control: nowhere/: there is no such folder" in capsys.readouterr().err
 
 
 # Bad input: one clear error, before anything is computed
