@@ -223,6 +223,13 @@ def test_weights_by_block(sd):
         }
 
 
+def test_a_weight_of_a_component_that_a_file_leaves_out_is_a_warning(sd):
+    load(sd[:1], write(sd[0], "peft", 1, chosen=lambda hub: "attn2" in hub), adapter_name="one")
+    with pytest.warns(UserWarning, match="adapter_weights: one has no tensors for text_encoder"):
+        sd[0].set_adapters("one", {"unet": 0.5, "text_encoder": 2})
+    assert {*strengths(sd[0]).values()} == {0.5}
+
+
 def strengths(pipe):
     return {
         f"{component}.{hub.removeprefix('text_model.')}": layer.adapters["one"].strength

@@ -137,6 +137,9 @@ class LoraSwitches(Runs):
         for name, weight in zip(names, weights, strict=True):
             tree = {component: branches(model, name) for component, model in self._with_adapters().items()}
             strengths |= spread(weight, tree, "adapter_weights")
+            parts, there = weight if isinstance(weight, Mapping) else (), self.get_list_adapters()
+            if idle := [component for component in parts if name not in there.get(component, ())]:
+                warnings.warn(f"adapter_weights: {name} has no tensors for {', '.join(idle)}", stacklevel=2)
         for one, value in strengths.items():
             one.strength = value
         for model in self._with_adapters().values():
