@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import Conv2d, Linear
+
 
 class _Call(threading.local):
     """What this thread's present call multiplies all adapters by: `cross_attention_kwargs={"scale": ...}`."""
@@ -93,15 +95,18 @@ class Adapted:
         super()._load_from_state_dict(*args)
 
 
-class AdaptedLinear(Adapted, nn.Linear):
+class AdaptedLinear(Adapted, Linear):
     pass
 
 
-class AdaptedConv2d(Adapted, nn.Conv2d):
+class AdaptedConv2d(Adapted, Conv2d):
     pass
 
 
-KINDS = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}
+KINDS = {
+    **dict.fromkeys((Linear, nn.Linear), AdaptedLinear),
+    **dict.fromkeys((Conv2d, nn.Conv2d), AdaptedConv2d),
+}
 
 
 def add(
