@@ -28,12 +28,15 @@ SLOW = {
 }
 
 
-def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None) -> bool:
+def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int = 0) -> bool:
     """Whether only the values of what is computed from `tensors` are asked for: they are of one of `dtypes`, on the
-    CPU, torch's own kind (not quantised, fake or batched), and nobody wants gradients or follows the operations."""
+    CPU, torch's own kind (not quantised, fake or batched), and nobody wants gradients or follows the operations. The
+    first one must have `least` numbers."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not torch.is_autocast_enabled("cpu") and all(
+    if tensors[0].numel() < least or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(
         type(x) in (Tensor, nn.Parameter)
         and x.dtype in dtypes
         and x.device.type == "cpu"
@@ -47,7 +50,7 @@ def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., n) and (m, n) -> (..., m)."""
-    if ONEDNN and x.numel() >= LARGE and drawing((torch.float32,), x, weight, bias):
+    if ONEDNN and drawing((torch.float32,), x, weight, bias, least=LARGE):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
