@@ -100,7 +100,7 @@ class ResnetBlock(nn.Module):
         self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
+        h = F.silu(self.norm1(x), inplace=True)
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)  # (B, c_in, H, W) -> (B, c_out, H, W)
@@ -110,7 +110,7 @@ class ResnetBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h if t is None else h + t)
-        return (self.skip(x) + self.conv2(self.dropout(F.silu(h)))) / self.scale
+        return (self.skip(x) + self.conv2(self.dropout(F.silu(h, inplace=True)))) / self.scale
 
 
 class Downsample(nn.Module):
@@ -590,7 +590,7 @@ class UNet(Model, abstract=True):
             skips, taken = skips[:-n], skips[-n:]
             size = skips[-1].shape[-2:] if skips else None  # of the level above: it may be odd
             x = self.through(block, x, taken, temb, context, size)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
     def check(self, sample: Tensor) -> None:
         self.check_inputs(sample=sample)
