@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import as_integer, as_names, check_number
+from .layers import Conv2d, Linear
 
 
 class _Call(threading.local):
@@ -97,15 +98,18 @@ class Adapted:
         super()._load_from_state_dict(*args)
 
 
-class AdaptedLinear(Adapted, nn.Linear):
+class AdaptedLinear(Adapted, Linear):
     pass
 
 
-class AdaptedConv2d(Adapted, nn.Conv2d):
+class AdaptedConv2d(Adapted, Conv2d):
     pass
 
 
-KINDS = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}
+KINDS = {
+    **dict.fromkeys((Linear, nn.Linear), AdaptedLinear),
+    **dict.fromkeys((Conv2d, nn.Conv2d), AdaptedConv2d),
+}
 
 
 def add(

@@ -15,7 +15,7 @@ from weights_compat.sides import Inputs, Side
 def test_prints_a_row_for_each_part(tiny_sd_folder, capsys):
     assert bench.main([str(tiny_sd_folder), "--steps", "4", "--turns", "1"]) == 0
     out = capsys.readouterr().out
-    rows = re.findall(r"^(.{32}) +([\d.,]+) +([\d.,]+) +([\d.]+)$", out, re.MULTILINE)
+    rows = re.findall(r"^\| (.{30}) \| +([\d.,]+) \| +([\d.,]+) \| +([\d.]+) \|$", out, re.MULTILINE)
     assert [row[0].strip() for row in rows] == [
         "import",
         "load the pipeline",

@@ -22,6 +22,7 @@ FLOORS = {
     "minidiff.missing": 0,
     "minidiff.checks": 0,
     "minidiff.outputs": 0,
+    "minidiff.layers": 0,  # of networks, and lora's
     "minidiff.lora": 0,  # a name that readers type, of layers alone
     "minidiff.loading": 1,
     "minidiff.models": 2,

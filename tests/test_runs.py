@@ -464,3 +464,19 @@ def test_both_halves_returned_in_any_order(pipe):
         for answer in (both, dict(reversed(both.items())))
     ]
     assert drawn[0].equal(drawn[1])
+
+
+@pytest.mark.parametrize("name", TEXT_SAMPLERS)
+def test_no_step_waits_for_the_device(tiny_sd_folder, name, monkeypatch):
+    """On the meta device there is no value to read: what would wait for a GPU (`.item()`, `bool(x)`, `.tolist()`,
+    `.cpu()`) fails. What is read after the last step is left out."""
+    monkeypatch.setattr("minidiff.pipelines.denoise.check_finite", lambda finite, timesteps: None)
+    meta = minidiff.StableDiffusionPipeline.from_pretrained(tiny_sd_folder, safety_checker=None).to("meta")
+    meta.scheduler = getattr(minidiff, name).from_config(meta.scheduler.config)
+    states = torch.empty(1, 16, 8, device="meta")
+    options = {"prompt_embeds": states, "negative_prompt_embeds": states, "guidance_rescale": 0.7, "eta": 0.5}
+    options |= {"num_inference_steps": 4, "generator": seeded(), "output_type": "latent"}
+    with warnings.catch_warnings(action="ignore"):  # of samplers that read no eta
+        assert meta(**options).images.is_meta
+        with pytest.raises(RuntimeError, match="meta"):  # it would be seen
+            meta(**options, callback_on_step_end=lambda run, i, t, tensors: tensors["latents"].sum().item() and {})

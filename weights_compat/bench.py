@@ -28,11 +28,13 @@ SIDES = {"reference": "diffusers", "minidiff": "minidiff"}
 def measure(side: Side, inputs: Inputs) -> dict[str, float]:
     """Seconds for each part of the way from folder to picture, and the most memory that it took, in MB."""
 
+    device = torch.get_device_module(inputs.device)
+
     def seconds(call: Callable[[], Any]) -> float:
+        device.synchronize()
         started = time.perf_counter()
         call()
-        if inputs.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        device.synchronize()
         return time.perf_counter() - started
 
     pipes: list[Any] = []
@@ -51,7 +53,7 @@ def measure(side: Side, inputs: Inputs) -> dict[str, float]:
             call()  # the first one chooses kernels and fills caches
             rows[name] = seconds(call)
     if inputs.device.startswith("cuda"):
-        rows["peak memory on the device, MB"] = torch.cuda.max_memory_allocated() / 1e6
+        rows["peak memory on the device, MB"] = device.max_memory_allocated() / 1e6
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
     rows["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
     return rows
@@ -76,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m weights_compat.bench",
         description="Runs one folder with the reference (diffusers, transformers) and with minidiff, in turns. Prints"
-        " the median of each part's time and memory, and the ratio minidiff / reference.",
+        " the median of each part's time and memory, and the ratio minidiff / reference, as a table in Markdown.",
         epilog="A folder with random weights will do: python -m weights_compat.verify NAME --random --full --keep DIR",
     )
     parser.add_argument("name", metavar="NAME", help="a Hub id or a folder")
@@ -112,11 +114,12 @@ def main(arguments: list[str] | None = None) -> int:
     for side in tqdm(list(SIDES) * args.turns, "turns"):
         turns[side].append(turn(side, options))
     print(f"{args.name}, {args.device}, {args.dtype}, {torch.get_num_threads()} threads; medians of {args.turns}\n")
-    print(f"{'seconds, or MB':<32}{'reference':>12}{'minidiff':>12}{'ratio':>8}")
+    print(f"| {'seconds, or MB':<30} | {'reference':>9} | {'minidiff':>9} | ratio |")
+    print(f"| {'-' * 30} | {'-' * 8}: | {'-' * 8}: | ----: |")
     for name in turns["minidiff"][0]:
         reference, ours = (statistics.median(row[name] for row in rows) for rows in turns.values())
         form = ",.0f" if name.endswith("MB") else ".3g"
-        print(f"{name:<32}{reference:>12{form}}{ours:>12{form}}{ours / reference:>8.2f}")
+        print(f"| {name:<30} | {reference:>9{form}} | {ours:>9{form}} | {ours / reference:>5.2f} |")
     return 0
 
 

@@ -37,7 +37,7 @@ LOADING: dict[str, tuple[Any, str]] = {
     "ignore_mismatched_sizes": ((None, False), "give the config that the weights have"),
     "return_unused_kwargs": ((None, False), "an argument without use is an error here"),
     "key_mapping": ((None,), "the names that are known stand in weights_compat's tables"),
-    "attn_implementation": ((None, "sdpa"), "attention is torch's scaled_dot_product_attention always"),
+    "attn_implementation": ((None, "sdpa"), "attention is that of minidiff/layers.py always"),
     **dict.fromkeys(("from_flax", "from_tf", "use_flashpack"), ((None, False), "weights are safetensors, or .bin")),
     **dict.fromkeys(
         ("use_onnx", "provider", "provider_options", "sess_options"),

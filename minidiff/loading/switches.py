@@ -25,16 +25,16 @@ class Switches:
         return sum(p.numel() for p in counted)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        """Nothing to do: attention is torch's `scaled_dot_product_attention` already, which never holds all pairs of
-        tokens. xformers isn't needed, and its operators (`attention_op`) aren't taken."""
+        """Nothing to do: attention never holds all pairs of tokens here (minidiff/layers.py). xformers isn't needed,
+        and its operators (`attention_op`) aren't taken."""
         if attention_op is not None:
-            raise ValueError("attention_op must be None: attention runs in torch's scaled_dot_product_attention")
+            raise ValueError("attention_op must be None: attention is that of minidiff/layers.py")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Nothing to do: xformers is never used."""
 
     def set_attention_slice(self, slice_size: str | int | list[int] | None = "auto") -> None:
-        """Nothing to do: torch's `scaled_dot_product_attention` takes less memory than attention in slices does."""
+        """Nothing to do: attention here (minidiff/layers.py) takes less memory than attention in slices does."""
 
     def set_default_attn_processor(self) -> None:
         """Nothing to do: there is one attention."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weights_compat.clip import CLIP_TEXT
 
 from ..checks import check_tensors
+from ..layers import Linear
 from ..loading.config import Config, Depth, Width
 from ..loading.model import Model
 from ..outputs import output
@@ -46,8 +47,8 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.attention = Attention(c.hidden_size, c.num_attention_heads, bias=True)
         self.norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.fc1 = Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = Linear(c.intermediate_size, c.hidden_size)
         self.quick_gelu = c.hidden_act == "quick_gelu"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
     def build(self, c: CLIPTextConfig) -> None:
         super().build(c)
-        self.text_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
+        self.text_projection = Linear(c.hidden_size, c.projection_dim, bias=False)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weights_compat.clip import CLIP_VISION
 
+from ..layers import Conv2d, Linear
 from ..loading.config import Config, Depth, Width
 from ..loading.model import Model
 from ..outputs import output
@@ -72,7 +73,7 @@ class CLIPVisionModel(Model):
 
     def build(self, c: CLIPVisionConfig) -> None:
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
-        self.patch_embedding = nn.Conv2d(c.num_channels, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
+        self.patch_embedding = Conv2d(c.num_channels, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
         self.position_embedding = embedding(c.tokens, c.hidden_size)
         self.norm_in = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
@@ -100,7 +101,7 @@ class CLIPVisionModelWithProjection(CLIPVisionModel):
 
     def build(self, c: CLIPVisionConfig) -> None:
         super().build(c)
-        self.visual_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
+        self.visual_projection = Linear(c.hidden_size, c.projection_dim, bias=False)
 
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> ProjectedVisionOutput:
         out = super().forward(pixel_values, output_hidden_states)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from weights_compat.controlnet import CONTROLNET
 
+from ..layers import Conv2d
 from ..loading.component import Component
 from ..loading.config import MAX_LEVELS, LoadError, Range, Width
 from ..loading.single_file import OneFile
@@ -41,10 +42,10 @@ class ControlEmbedding(nn.Module):
     def __init__(self, c_in: int, widths: tuple[int, ...], c_out: int):
         super().__init__()
         self.factor = 2 ** (len(widths) - 1)
-        self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(c_in, widths[0], 3, padding=1)
         pairs = [((a, a, 1), (a, b, 2)) for a, b in pairwise(widths)]
-        self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding=1) for pair in pairs for a, b, stride in pair)
-        self.conv_out = zero(nn.Conv2d(widths[-1], c_out, 3, padding=1))
+        self.blocks = nn.ModuleList(Conv2d(a, b, 3, stride, padding=1) for pair in pairs for a, b, stride in pair)
+        self.conv_out = zero(Conv2d(widths[-1], c_out, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.conv_in(x))
@@ -53,7 +54,7 @@ class ControlEmbedding(nn.Module):
         return self.conv_out(x)
 
 
-def zero(layer: nn.Conv2d) -> nn.Conv2d:
+def zero(layer: Conv2d) -> Conv2d:
     """`layer`, whose output is zero until it is trained: its weight's gradient isn't, for its input isn't zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -107,8 +108,8 @@ class ControlNetModel(ConditionUNet, OneFile):
         self.control = ControlEmbedding(
             c.conditioning_channels, c.conditioning_embedding_out_channels, c.block_out_channels[0]
         )
-        self.out_down = nn.ModuleList(zero(nn.Conv2d(channels, channels, 1)) for channels in skips)
-        self.out_mid = zero(nn.Conv2d(skips[-1], skips[-1], 1))
+        self.out_down = nn.ModuleList(zero(Conv2d(channels, channels, 1)) for channels in skips)
+        self.out_mid = zero(Conv2d(skips[-1], skips[-1], 1))
 
     @classmethod
     def from_unet(

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from weights_compat.ldm_bert import LDM_BERT
 
 from ..checks import check_tensors
+from ..layers import Linear, attention
 from ..loading.config import Config, Depth, Width
 from ..loading.model import Model
 from .clip import embedding
-from .unet import attention
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,11 +40,11 @@ class LDMBertLayer(nn.Module):
         inner = c.encoder_attention_heads * c.head_dim
         self.heads = c.encoder_attention_heads
         self.norm1 = nn.LayerNorm(c.d_model)
-        self.q, self.k, self.v = (nn.Linear(c.d_model, inner, bias=False) for _ in range(3))
-        self.out = nn.Linear(inner, c.d_model)
+        self.q, self.k, self.v = (Linear(c.d_model, inner, bias=False) for _ in range(3))
+        self.out = Linear(inner, c.d_model)
         self.norm2 = nn.LayerNorm(c.d_model)
-        self.fc1 = nn.Linear(c.d_model, c.encoder_ffn_dim)
-        self.fc2 = nn.Linear(c.encoder_ffn_dim, c.d_model)
+        self.fc1 = Linear(c.d_model, c.encoder_ffn_dim)
+        self.fc2 = Linear(c.encoder_ffn_dim, c.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)
@@ -61,7 +61,7 @@ class LDMBertModel(Model):
         self.position_embedding = embedding(c.max_position_embeddings, c.d_model)
         self.layers = nn.ModuleList(LDMBertLayer(c) for _ in range(c.encoder_layers))
         self.norm_out = nn.LayerNorm(c.d_model)
-        self.to_logits = nn.Linear(c.d_model, c.vocab_size)  # of its training; no pipeline reads it
+        self.to_logits = Linear(c.d_model, c.vocab_size)  # of its training; no pipeline reads it
 
     def file_config(self) -> dict[str, Any]:
         return {**self.config, "architectures": [type(self).__name__], "model_type": "ldmbert"}

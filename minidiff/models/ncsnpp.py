@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Conv2d
 from .unet import PixelAttention, ResnetBlock, default_groups
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def resnet(
         scale=SCALE,
     )
     if resample is not None:
-        block.skip = nn.Conv2d(c_in, c_out, 1)
+        block.skip = Conv2d(c_in, c_out, 1)
     return block
 
 
@@ -79,7 +80,7 @@ class SkipDownBlock(nn.Module):
         self.resnets = nn.ModuleList(resnet(c, c_out if i else c_in, c_out) for i in layers)
         self.attentions = nn.ModuleList(attention(c, c_out) for _ in layers if attentive)
         self.resample = None if last else resnet(c, c_out, c_out, resample=False)
-        self.from_image = None if last else nn.Conv2d(CHANNELS, c_out, 1)
+        self.from_image = None if last else Conv2d(CHANNELS, c_out, 1)
 
     def forward(self, x: Tensor, temb: Tensor, image: Tensor) -> tuple[list[Tensor], Tensor]:
         """Every intermediate result, the last one being the block's output; and the picture, half as large."""
@@ -105,7 +106,7 @@ class SkipUpBlock(nn.Module):
         self.resnets = nn.ModuleList(resnet(c, c_in, c_out, groups) for c_in in inputs)
         self.attentions = nn.ModuleList([attention(c, c_out)] if attentive else [])
         self.to_image_norm = None if last else nn.GroupNorm(default_groups(c_out), c_out, c.norm_eps)
-        self.to_image = None if last else nn.Conv2d(c_out, CHANNELS, 3, padding=1)
+        self.to_image = None if last else Conv2d(c_out, CHANNELS, 3, padding=1)
         self.resample = None if last else resnet(c, c_out, c_out, resample=True)
 
     def forward(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weights_compat.clip import SAFETY_CHECKER
 
+from ..layers import Linear
 from ..loading.config import Config, Width
 from ..loading.model import Model
 from .clip import CLIPTextConfig
@@ -50,7 +51,7 @@ class StableDiffusionSafetyChecker(Model):
 
     def build(self, c: SafetyCheckerConfig) -> None:
         self.vision = CLIPVisionModel(c.vision)
-        self.visual_projection = nn.Linear(c.vision.hidden_size, c.projection_dim, bias=False)
+        self.visual_projection = Linear(c.vision.hidden_size, c.projection_dim, bias=False)
         self.concept_embeds = nn.Parameter(torch.ones(17, c.projection_dim))
         self.concept_embeds_weights = nn.Parameter(torch.ones(17))  # thresholds
         self.special_care_embeds = nn.Parameter(torch.ones(3, c.projection_dim))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from weights_compat.vae import AUTOENCODER_TINY
 
+from ..layers import Conv2d
 from ..loading.config import MAX_LEVELS, Config, Width
 from ..noise import Generators
 from ..outputs import output
@@ -69,7 +70,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, channels: int, act: type[nn.Module]):
         super().__init__()
-        layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
+        layers = [Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
         self.conv = nn.Sequential(layers[0], act(), layers[1], act(), layers[2])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,10 +83,10 @@ class TinyEncoder(nn.Module):
         width, act = c.encoder_block_out_channels[0], ACTIVATIONS[c.act_fn]
         layers: list[nn.Module] = []
         for i, blocks in enumerate(c.num_encoder_blocks):
-            half = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
-            layers += [half if i else nn.Conv2d(c.in_channels, width, 3, padding=1)]
+            half = Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+            layers += [half if i else Conv2d(c.in_channels, width, 3, padding=1)]
             layers += [TinyBlock(width, act) for _ in range(blocks)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, c.latent_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers, Conv2d(width, c.latent_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers((x + 1) / 2)
@@ -95,12 +96,12 @@ class TinyDecoder(nn.Module):
     def __init__(self, c: TinyConfig):
         super().__init__()
         width, act = c.decoder_block_out_channels[0], ACTIVATIONS[c.act_fn]
-        layers: list[nn.Module] = [nn.Conv2d(c.latent_channels, width, 3, padding=1), act()]
+        layers: list[nn.Module] = [Conv2d(c.latent_channels, width, 3, padding=1), act()]
         for i, blocks in enumerate(c.num_decoder_blocks):
             layers += [TinyBlock(width, act) for _ in range(blocks)]
             if i + 1 < len(c.num_decoder_blocks):
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, c.out_channels, 3, padding=1))
+                layers += [nn.Upsample(scale_factor=2), Conv2d(width, width, 3, padding=1, bias=False)]
+        self.layers = nn.Sequential(*layers, Conv2d(width, c.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers((x / 3).tanh() * 3) * 2 - 1  # latents beyond 3 are squeezed

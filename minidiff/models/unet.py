@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D_CONDITION
 
+from ..layers import Conv2d, Linear, attention
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
 from ..loading.model import Model
 from ..loading.single_file import OneFile
@@ -36,15 +37,6 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: f
     angles = t[:, None].float() * exponent.exp()  # (B, half)
     sin, cos = angles.sin(), angles.cos()
     return torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=-1)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for each head. q is (B, L, C), k and v are (B, S, C); returns (B, L, C).
-
-    `mask`, which must broadcast to (B, heads, L, S), is true where a query may look.
-    """
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def add(x: Tensor, residual: Tensor) -> Tensor:
@@ -67,9 +59,9 @@ class TimeMLP(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, cond_dim: int | None = None):
         super().__init__()
-        self.cond = nn.Linear(cond_dim, dim_in, bias=False) if cond_dim else None
-        self.fc1 = nn.Linear(dim_in, dim)
-        self.fc2 = nn.Linear(dim, dim)
+        self.cond = Linear(cond_dim, dim_in, bias=False) if cond_dim else None
+        self.fc1 = Linear(dim_in, dim)
+        self.fc2 = Linear(dim, dim)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         x = x if cond is None else x + self.cond(cond)
@@ -100,15 +92,15 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.resample, self.scale = scale_shift, resample, scale
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_proj = nn.Linear(time_dim, 2 * c_out if scale_shift else c_out) if time_dim else None
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
+        self.time_proj = Linear(time_dim, 2 * c_out if scale_shift else c_out) if time_dim else None
         self.norm2 = nn.GroupNorm(groups_out or groups, c_out, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
+        h = F.silu(self.norm1(x), inplace=True)
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
         h = self.conv1(h)  # (B, c_in, H, W) -> (B, c_out, H, W)
@@ -118,7 +110,7 @@ class ResnetBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h if t is None else h + t)
-        return (self.skip(x) + self.conv2(self.dropout(F.silu(h)))) / self.scale
+        return (self.skip(x) + self.conv2(self.dropout(F.silu(h, inplace=True)))) / self.scale
 
 
 class Downsample(nn.Module):
@@ -131,7 +123,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int):
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, temb: None = None) -> Tensor:  # a residual block in its place reads temb
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
@@ -142,7 +134,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         H, W = x.shape[-2:]
@@ -155,10 +147,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.k = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.v = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.out = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias=bias)
+        self.k = Linear(context_dim or dim, dim, bias=bias)
+        self.v = Linear(context_dim or dim, dim, bias=bias)
+        self.out = Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -186,8 +178,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj_in = nn.Linear(dim, 8 * dim)
-        self.proj_out = nn.Linear(4 * dim, dim)
+        self.proj_in = Linear(dim, 8 * dim)
+        self.proj_out = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj_in(x).chunk(2, dim=-1)
@@ -230,9 +222,9 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         # A 1x1 convolution and a linear layer over tokens are the same map: SD 1 has the first, SD 2 and XL the second
         self.linear = linear
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim, only_cross) for _ in range(depth))
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = Linear(channels, channels) if linear else Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x)
@@ -280,8 +272,8 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, temb)
-        for attention in self.attentions:
-            x = attention(x, context)
+        for transformer in self.attentions:
+            x = transformer(x, context)
         for resnet in self.resnets[1:]:
             x = resnet(x, temb)
         return x
@@ -451,7 +443,7 @@ class UNet(Model, abstract=True):
 
     def build(self, c: UNetConfig) -> None:
         widths = c.block_out_channels
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_mlp = TimeMLP(self.waves_dim, c.time_dim, c.get("time_cond_proj_dim"))
         self.class_embedding = self.make_class_embedding()
         self.mid = None if c.mid_block_type is None else self.make_middle(len(widths) - 1)
@@ -464,7 +456,7 @@ class UNet(Model, abstract=True):
         widths, groups = c.block_out_channels, c.norm_num_groups or default_groups(c.block_out_channels[0])
         self.up = nn.ModuleList(self.make_up(skips))
         self.norm_out = nn.GroupNorm(groups, widths[0], c.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], c.out_channels, 3, padding=1)
 
     def make_down(self) -> tuple[list[nn.Module], list[int]]:
         """All levels on the way down; and the channels of every skip connection, in the order of their making."""
@@ -513,7 +505,7 @@ class UNet(Model, abstract=True):
             "timestep": lambda: TimeMLP(self.waves_dim, c.time_dim),
             "identity": nn.Identity,
             "projection": lambda: TimeMLP(c.projection_class_embeddings_input_dim, c.time_dim),
-            "simple_projection": lambda: nn.Linear(c.projection_class_embeddings_input_dim, c.time_dim),
+            "simple_projection": lambda: Linear(c.projection_class_embeddings_input_dim, c.time_dim),
         }
         return makes[c.class_embed_type]()
 
@@ -598,7 +590,7 @@ class UNet(Model, abstract=True):
             skips, taken = skips[:-n], skips[-n:]
             size = skips[-1].shape[-2:] if skips else None  # of the level above: it may be odd
             x = self.through(block, x, taken, temb, context, size)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
     def check(self, sample: Tensor) -> None:
         self.check_inputs(sample=sample)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from weights_compat.vae import AUTOENCODER_KL
 
+from ..layers import Conv2d
 from ..loading.config import MAX_LEVELS, Config, Depth, Width
 from ..loading.model import Model
 from ..loading.single_file import OneFile
@@ -58,20 +59,20 @@ class Encoder(nn.Module):
     def __init__(self, c: "AutoencoderBase", c_out: int):
         super().__init__()
         widths, groups = c.block_out_channels, c.norm_num_groups
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             down = Downsample(width, padding=0) if i < len(widths) - 1 else None
             self.down.append(Level(widths[max(i - 1, 0)], width, c.layers_per_block, groups, down))
         self.mid = middle(widths[-1], groups, c.mid_block_add_attention)
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], c_out, 3, padding=1)
 
     def forward(self, x: Tensor, through: Through = call) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = through(level, x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -80,20 +81,20 @@ class Decoder(nn.Module):
     def __init__(self, c: "AutoencoderBase"):
         super().__init__()
         widths, groups = c.block_out_channels[::-1], c.norm_num_groups
-        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], groups, c.mid_block_add_attention)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             up = Upsample(width) if i < len(widths) - 1 else None
             self.up.append(Level(widths[max(i - 1, 0)], width, c.layers_per_block + 1, groups, up))
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor, through: Through = call) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in self.up:
             x = through(level, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
 class DiagonalGaussianDistribution:
@@ -237,8 +238,8 @@ class AutoencoderKL(InParts, OneFile):
         self.encoder = Encoder(c, 2 * c.latent_channels)  # mean and log variance
         self.decoder = Decoder(c)
         n = c.latent_channels
-        self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1) if c.use_quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(n, n, 1) if c.use_post_quant_conv else nn.Identity()
+        self.quant_conv = Conv2d(2 * n, 2 * n, 1) if c.use_quant_conv else nn.Identity()
+        self.post_quant_conv = Conv2d(n, n, 1) if c.use_post_quant_conv else nn.Identity()
         self.tile_sample_min_size = c.sample_size[0] if isinstance(c.sample_size, tuple) else c.sample_size
         self.tile_latent_min_size = self.tile_sample_min_size // self.factor
 

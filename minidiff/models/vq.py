@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weights_compat.vae import VQ_MODEL
 
+from ..layers import Conv2d
 from ..loading.config import Width
 from ..outputs import output
 from .vae import Autoencoder, AutoencoderBase, Decoder, Encoder
@@ -51,9 +52,9 @@ class VQModel(Autoencoder):
     def build(self, c: VQConfig) -> None:
         n = c.vq_embed_dim or c.latent_channels
         self.encoder = Encoder(c, c.latent_channels)
-        self.quant_conv = nn.Conv2d(c.latent_channels, n, 1)
+        self.quant_conv = Conv2d(c.latent_channels, n, 1)
         self.codebook = nn.Embedding(c.num_vq_embeddings, n)
-        self.post_quant_conv = nn.Conv2d(n, c.latent_channels, 1)
+        self.post_quant_conv = Conv2d(n, c.latent_channels, 1)
         self.decoder = Decoder(c)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:

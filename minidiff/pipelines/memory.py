@@ -19,7 +19,7 @@ class MemorySwitches:
     _hooks: Handles = ()
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Nothing to do: attention never holds its whole matrix here (torch's scaled_dot_product_attention)."""
+        """Nothing to do: attention never holds its whole matrix here (minidiff/layers.py)."""
 
     def disable_attention_slicing(self) -> None:
         """Nothing to do, as above."""

@@ -1,0 +1,176 @@
+"""The quicker ways through layers and attention: the same numbers, and taken only where values alone are asked for."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minidiff import layers
+
+pytestmark = pytest.mark.skipif(not layers.ONEDNN, reason="this build of torch is without oneDNN")
+
+
+class Called(TorchDispatchMode):
+    """Notes what torch's operations are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+    def by_onednn(self) -> bool:
+        return "mkldnn::_linear_pointwise" in self.names
+
+
+def far(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    assert ours.shape == exact.shape
+    return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def random(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("form", ["plain", "transposed", "strided", "expanded", "one row"])
+def test_product(form, bias):
+    x, weight = random(2, 130, 96), random(64, 96)
+    b = random(64) if bias else None
+    if form == "transposed":  # a picture's pixels as tokens
+        x, weight = random(2, 96, 130).transpose(1, 2), random(96, 64).T
+    elif form == "strided":
+        x, weight = random(2, 130, 200)[..., 3:195:2], random(70, 100)[3:67, :96]
+    elif form == "expanded":
+        x = random(1, 1, 96).expand(2, 130, 96)
+    elif form == "one row":
+        x, weight = random(layers.LARGE), random(64, layers.LARGE)
+    exact = F.linear(x.double(), weight.double(), b if b is None else b.double())
+    with Called() as called:
+        assert far(layers.product(x, weight, b), exact) <= 1e-6
+    assert called.by_onednn()
+
+
+class Other(torch.Tensor):
+    """Such as quantised ones are."""
+
+
+def weights_of_a_subclass(layer):
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Other), requires_grad=False)
+    return contextlib.nullcontext()
+
+
+OTHERWISE = {
+    "gradients": lambda layer: torch.enable_grad(),
+    "autocast": lambda layer: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda layer: contextlib.nullcontext(layer.double()),
+    "another kind of weights": weights_of_a_subclass,
+    "few numbers": lambda layer: contextlib.nullcontext(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reason", OTHERWISE)
+def test_is_torch_s_own_where_more_than_values_is_asked_for(reason):
+    layer = layers.Linear(64, 32)
+    with OTHERWISE[reason](layer), Called() as called:
+        x = random(1 if reason == "few numbers" else 300, 64, dtype=layer.weight.dtype)
+        y = layer(x)
+    assert not called.by_onednn()
+    with OTHERWISE[reason](layer):
+        assert (y == F.linear(x, layer.weight, layer.bias)).all()
+
+
+def traced(layer, x):
+    return torch.jit.trace(layer, x)(x)
+
+
+def batched(layer, x):
+    return torch.vmap(layer)(x.expand(2, *x.shape))[1]
+
+
+def tangent(layer, x):
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x))))
+        assert torch.allclose(y.tangent, F.linear(torch.ones_like(x), layer.weight))
+        return y.primal
+
+
+def called_with_others(layer, x):
+    return torch.func.functional_call(layer, {"weight": layer.weight, "bias": layer.bias}, x)
+
+
+def exported(layer, x):
+    program = torch.export.export(layer, (x,))
+    assert "mkldnn" not in str(program)
+    return program.module()(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [layers.Linear, layers.Conv2d])
+@pytest.mark.parametrize("way", [traced, batched, tangent, called_with_others, exported])
+def test_torch_s_ways_to_call_a_layer(way, kind, monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 0)
+    if kind is layers.Conv2d:
+        if way is tangent:
+            pytest.skip("the rule tried there is a linear layer's")
+        layer, x = kind(8, 4, 3), random(2, 8, 5, 5)
+    else:
+        layer, x = kind(8, 4), random(3, 8)
+    assert torch.allclose(way(layer, x), type(layer).__mro__[1].forward(layer, x), rtol=1e-6, atol=1e-6)
+
+
+def test_is_torch_s_own_on_the_meta_device():
+    layer = layers.Linear(200, 100, device="meta")
+    with torch.no_grad():
+        assert layer(torch.empty(100, 200, device="meta")).shape == (100, 100)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("L", "S", "heads"), [(600, 600, 2), (513, 200, 1), (64, 1030, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_parts(L, S, heads, dtype, monkeypatch):
+    q, k, v = (random(2, n, 64, dtype=dtype) for n in (L, S, S + 1))
+    v = v[:, 1:]
+    plain = layers.attention(q, k, v, heads) if not layers.WIDE else None
+    exact = layers.attention(q.double(), k.double(), v.double(), heads)
+    monkeypatch.setattr(layers, "WIDE", True)
+    with Called() as called:
+        ours = layers.attention(q, k, v, heads)
+    assert not any("scaled_dot_product" in name for name in called.names) and ours.dtype == dtype
+    assert far(ours, exact) <= (2e-6 if dtype == torch.float32 else 4e-3)  # SDPA: 1.5e-6
+    if plain is not None:
+        assert far(ours, exact) <= 2 * far(plain, exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [layers.Linear, layers.Conv2d])
+def test_half_precision_where_the_cpu_has_none(kind, dtype, monkeypatch):
+    """Sums are float32's, and rounded once."""
+    monkeypatch.setattr(layers, "SLOW", {dtype})
+    layer, x = (
+        (kind(96, 64), random(3, 96)) if kind is layers.Linear else (kind(8, 16, 3, padding=1), random(1, 8, 9, 9))
+    )
+    layer, x = layer.to(dtype), x.to(dtype)
+    y = layer(x)
+    assert y.dtype == dtype and torch.equal(y, layer.float()(x.float()).to(dtype))
+
+
+@torch.no_grad()
+def test_a_network_both_ways(tiny_models, monkeypatch):
+    unet = tiny_models["UNet2DConditionModel"]
+    inputs = random(2, 4, 16, 16), torch.tensor(7), random(2, 77, unet.config.cross_attention_dim)
+    monkeypatch.setattr(layers, "ONEDNN", False)
+    plain = unet(*inputs).sample
+    for name, value in {"ONEDNN": True, "WIDE": True, "LARGE": 0, "KEYS": 1, "QUERIES": 100}.items():
+        monkeypatch.setattr(layers, name, value)
+    with Called() as called:
+        assert far(unet(*inputs).sample, plain.double()) <= 2e-6
+    assert called.by_onednn()
