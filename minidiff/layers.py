@@ -32,11 +32,8 @@ def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int =
     """Whether only the values of what is computed from `tensors` are asked for: they are of one of `dtypes`, on the
     CPU, torch's own kind (not quantised, fake or batched), and nobody wants gradients or follows the operations. The
     first one must have `least` numbers."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if tensors[0].numel() < least or torch.is_autocast_enabled("cpu"):
-        return False
-    return all(
+    followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (followed or tensors[0].numel() < least or torch.is_autocast_enabled("cpu")) and all(
         type(x) in (Tensor, nn.Parameter)
         and x.dtype in dtypes
         and x.device.type == "cpu"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minidiff import layers
+from minidiff import layers, lora
 
 pytestmark = pytest.mark.skipif(not layers.ONEDNN, reason="this build of torch is without oneDNN")
 
@@ -174,3 +174,13 @@ def test_a_network_both_ways(tiny_models, monkeypatch):
     with Called() as called:
         assert far(unet(*inputs).sample, plain.double()) <= 2e-6
     assert called.by_onednn()
+
+
+def test_adapters_know_these_layers_and_torchs(tiny_models):
+    unet = tiny_models["UNet2DConditionModel"]
+    names = [name for name, _ in unet.named_parameters()]
+    attention = unet.mid.attentions[0].blocks[0].self_attention
+    attention.q = torch.nn.Linear(16, 16, bias=False)
+    assert len(lora.add(unet)) == 2 * len(lora.adapted(unet)) and attention.q in lora.adapted(unet)
+    lora.remove(unet, "default")
+    assert [name for name, _ in unet.named_parameters()] == names and type(attention.q) is layers.Linear
