@@ -1,9 +1,10 @@
 """torch's linear layers, convolutions and attention, and quicker ways through them where a picture is drawn on a CPU.
 
-torch multiplies float32 matrices by MKL, which uses half of a vector's width on a CPU that isn't Intel's; oneDNN, which
-computes torch's convolutions, uses all of it. One core of a Zen 5 reaches 105 GFLOP/s by the first, 245 by the second;
-its attention takes 0.7 of the time in products of oneDNN, a few hundred queries at a time, but 1.7 where vectors have
-256 bits (Zen 3). Sums run in another order, so that results differ by roundings.
+torch multiplies float32 matrices by MKL, which uses half of a vector of 512 bits on a CPU that isn't Intel's; oneDNN,
+which computes torch's convolutions, uses all of it. One core of a Zen 5 reaches 105 GFLOP/s by the first, 245 by the
+second; its attention takes 0.7 of the time in products of oneDNN, a few hundred queries at a time. Sums run in another
+order, so that results differ by roundings; so all is torch's own where vectors have 256 bits (Zen 3): there the first
+gains little, and the second takes 1.7 of the time.
 """
 
 import itertools
@@ -47,7 +48,7 @@ def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int =
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., n) and (m, n) -> (..., m)."""
-    if ONEDNN and drawing((torch.float32,), x, weight, bias, least=LARGE):
+    if WIDE and drawing((torch.float32,), x, weight, bias, least=LARGE):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

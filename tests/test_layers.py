@@ -13,6 +13,12 @@ from minidiff import layers, lora
 pytestmark = pytest.mark.skipif(not layers.ONEDNN, reason="this build of torch is without oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """As on a CPU that has such vectors."""
+    monkeypatch.setattr(layers, "WIDE", True)
+
+
 class Called(TorchDispatchMode):
     """Notes what torch's operations are called."""
 
@@ -138,15 +144,14 @@ def test_is_torch_s_own_on_the_meta_device():
 def test_attention_in_parts(L, S, heads, dtype, monkeypatch):
     q, k, v = (random(2, n, 64, dtype=dtype) for n in (L, S, S + 1))
     v = v[:, 1:]
-    plain = layers.attention(q, k, v, heads) if not layers.WIDE else None
     exact = layers.attention(q.double(), k.double(), v.double(), heads)
-    monkeypatch.setattr(layers, "WIDE", True)
     with Called() as called:
         ours = layers.attention(q, k, v, heads)
+    monkeypatch.setattr(layers, "WIDE", False)
+    plain = layers.attention(q, k, v, heads)
     assert not any("scaled_dot_product" in name for name in called.names) and ours.dtype == dtype
     assert far(ours, exact) <= (2e-6 if dtype == torch.float32 else 4e-3)  # SDPA: 1.5e-6
-    if plain is not None:
-        assert far(ours, exact) <= 2 * far(plain, exact)
+    assert far(ours, exact) <= 2 * far(plain, exact)
 
 
 @torch.no_grad()
@@ -167,9 +172,9 @@ def test_half_precision_where_the_cpu_has_none(kind, dtype, monkeypatch):
 def test_a_network_both_ways(tiny_models, monkeypatch):
     unet = tiny_models["UNet2DConditionModel"]
     inputs = random(2, 4, 16, 16), torch.tensor(7), random(2, 77, unet.config.cross_attention_dim)
-    monkeypatch.setattr(layers, "ONEDNN", False)
+    monkeypatch.setattr(layers, "WIDE", False)
     plain = unet(*inputs).sample
-    for name, value in {"ONEDNN": True, "WIDE": True, "LARGE": 0, "KEYS": 1, "QUERIES": 100}.items():
+    for name, value in {"WIDE": True, "LARGE": 0, "KEYS": 1, "QUERIES": 100}.items():
         monkeypatch.setattr(layers, name, value)
     with Called() as called:
         assert far(unet(*inputs).sample, plain.double()) <= 2e-6
