@@ -34,10 +34,12 @@ from minidiff import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from minidiff.layers import SLOW
 
 BUNDLED = Path(__file__).parents[1] / "minidiff/bundled"
 SHOWN = 32  # pictures in the grids that show progress
-FASTER = torch.autocast("cpu", torch.bfloat16)  # for convolutions of many pixels; small ones are no faster in it
+# For convolutions of many pixels, where the CPU has such products; small ones are no faster in it
+FASTER = torch.autocast("cpu", torch.bfloat16, enabled=torch.bfloat16 not in SLOW)
 POOL = 40_000  # scenes that tiny-emoji is trained on
 VIEWS = 16  # of each of your own pictures
 
