@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import sys
 
 import diffusers
@@ -165,6 +166,13 @@ def test_muon_makes_its_update_orthogonal():
     for x in (matrix, matrix.T):
         values = torch.linalg.svdvals(train_tiny.orthogonal(x))
         assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize(("processor", "wanted"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_bfloat16_is_for_processors_that_have_it(processor, wanted, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    with runpy.run_path(train_tiny.__file__)["FASTER"]:
+        assert torch.is_autocast_enabled("cpu") == wanted
 
 
 def test_the_posterior_is_bayes_rule():
