@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import sys
 
 import diffusers
@@ -17,6 +18,7 @@ import train_tiny
 from PIL import Image
 
 import minidiff
+from minidiff import layers
 
 CALLS = {"tiny-emoji": {"prompt": ["a red apple on a blue background", "panda"]}, "tiny-ddpm": {"batch_size": 2}}
 MODELS = list(CALLS)
@@ -165,6 +167,13 @@ def test_muon_makes_its_update_orthogonal():
     for x in (matrix, matrix.T):
         values = torch.linalg.svdvals(train_tiny.orthogonal(x))
         assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("slow", [set(), {torch.bfloat16}])
+def test_bfloat16_is_for_processors_that_have_it(slow, monkeypatch):
+    monkeypatch.setattr(layers, "SLOW", slow)
+    with runpy.run_path(train_tiny.__file__)["FASTER"]:
+        assert torch.is_autocast_enabled("cpu") == (not slow)
 
 
 def test_the_posterior_is_bayes_rule():
