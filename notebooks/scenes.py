@@ -1,7 +1,8 @@
-"""The data of tiny-emoji: 80 things in four styles on 10 background colours, alone or two side by side, in any pose.
+"""The data of both models: 80 things in four styles on 10 background colours, alone or two side by side, in any pose.
 
 A scene says what is in a picture and where; its prompts leave words out, so that a prompt is a distribution: "a fox" is
-in any style, anywhere, on any colour. Some scenes are never trained on; `unseen` has them.
+in any style, anywhere, on any colour. Some scenes are never trained on; `unseen` has them. (tiny-ddpm, which has no
+prompts, learns from half of the scenes that `large` has.)
 """
 
 import functools
@@ -24,6 +25,11 @@ bicycle · locomotive · rocket · sailboat · soccer ball · guitar · die · g
 crown · pumpkin · ghost · robot · snowman · star · heart · house
 """
 THINGS = [name for line in THINGS.strip().splitlines() for name in line.split(" · ")]
+FEW = """
+fox · panda · frog · penguin · owl · butterfly · ladybug · octopus · tropical fish · whale
+cactus · mushroom · red apple · banana · strawberry · ice cream · rocket · sailboat · ghost · star
+"""
+FEW = [name for line in FEW.strip().splitlines() for name in line.split(" · ")]  # tiny-ddpm's
 STYLES = ["flat", "glossy", "detailed", "inked"]
 SIZES = ["small", "large"]
 SIDES = [28.0, 44.0]  # in pixels
@@ -147,6 +153,19 @@ def trained(n: int, seed: int = 0, share_alone: float = 0.6) -> Scenes:
     return scenes[may_be_shown(scenes).nonzero()[:n, 0]]
 
 
+@functools.cache
+def large() -> tuple[Scenes, Tensor]:
+    """All 4,800 scenes of one of FEW, large; and bool (4800,), the random half of them that tiny-ddpm is trained on."""
+    counts = [len(words) for words in (FEW, STYLES, COLOURS, PLACES, HEIGHTS)]
+    thing, style, colour, place, height = torch.cartesian_prod(*map(torch.arange, counts)).T
+    thing = torch.tensor([THINGS.index(name) for name in FEW])[thing]
+    one = torch.ones_like(thing)
+    poses = pose(one, place, one.bool(), torch.Generator())
+    poses[:, :, 1] = torch.tensor(HEIGHTS)[height][:, None]
+    scenes = Scenes(torch.stack([thing, ALONE * one], dim=1), style, colour, one, place, poses)
+    return scenes, torch.randperm(len(one), generator=torch.Generator().manual_seed(0)) % 2 == 0
+
+
 def unseen(kind: str, n: int, seed: int = 1) -> Scenes:
     """Random scenes that are held out in one way alone: in their "colour", "corner" (style and place), or "pair"."""
     scenes = draw(n * 30 + 640, torch.Generator().manual_seed(seed), share_alone=0.0 if kind == "pair" else 1.0)
@@ -201,6 +220,11 @@ def render(scenes: Scenes) -> Tensor:
         some = scenes[two]
         picture[two] = place_on(picture[two], some.style, some.things[:, 1], some.pose[:, 1])
     return picture
+
+
+def small_render(scenes: Scenes) -> Tensor:
+    """The same at half the size, (B, 3, 32, 32)."""
+    return torch.cat([F.avg_pool2d(render(scenes[some]), 2) for some in torch.arange(len(scenes)).split(256)])
 
 
 def phrase(name: str, adjectives: str = "") -> str:

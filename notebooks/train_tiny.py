@@ -37,7 +37,8 @@ from minidiff import (
 
 BUNDLED = Path(__file__).parents[1] / "minidiff/bundled"
 SHOWN = 32  # pictures in the grids that show progress
-FASTER = torch.autocast("cpu", torch.bfloat16)  # for convolutions of many pixels; small ones are no faster in it
+# For convolutions of many pixels; small ones are no faster in it. A processor without AVX-512 only imitates it, slowly
+FASTER = torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() == "AVX512")
 POOL = 40_000  # scenes that tiny-emoji is trained on
 VIEWS = 16  # of each of your own pictures
 
@@ -402,7 +403,8 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
 
     And what is asked of the network at its end is asked of it on the way too, each time through one layer that is
     thrown away afterwards. The middle and the levels of the way up sketch the picture (deep supervision, Lee et al.
-    2014, arXiv:1409.5185), and the middle names the emoji and the colour (after Yu et al. 2024, arXiv:2410.06940).
+    2014, arXiv:1409.5185), and the middle names the thing, the style and the colour (after Yu et al. 2024,
+    arXiv:2410.06940).
     """
     unet = UNet2DModel(
         sample_size=32,
@@ -410,7 +412,7 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         out_channels=3,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 128, 128),
+        block_out_channels=(16, 32, 96, 160),
         layers_per_block=1,
         attention_head_dim=16,
         norm_num_groups=1,
@@ -420,12 +422,14 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     pipe = DDPMPipeline(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    shown = ~sprites.held_out()
-    pictures = sprites.renders(32)[shown] / 127.5 - 1
-    names, colours = (F.one_hot(*of).float() for of in zip(shown.nonzero().T, shown.shape, strict=True))
-    labels = torch.cat([names, colours], dim=1)  # of each picture: 160 columns and 10
-    name = nn.Conv2d(128, labels.shape[1], kernel_size=1)
-    stages = {unet.mid: 128, unet.up[0]: 128, unet.up[1]: 128, unet.up[2]: 64}  # channels at 4x4, 8x8, 16x16, 32x32
+    every, trained = scenes.large()
+    known = every[trained]
+    pictures = 2 * scenes.small_render(known) - 1
+    counts = [len(scenes.THINGS), len(scenes.STYLES), len(scenes.COLOURS)]
+    numbers = [known.things[:, 0], known.style, known.colour]
+    labels = torch.cat([F.one_hot(*of).float() for of in zip(numbers, counts, strict=True)], dim=1)
+    name = nn.Conv2d(160, labels.shape[1], kernel_size=1)
+    stages = {unet.mid: 160, unet.up[0]: 160, unet.up[1]: 96, unet.up[2]: 32}  # channels at 4x4, 8x8, 16x16, 32x32
     blocks = [8, 4, 2, 1]  # the side of the block of pixels that one place stands for
     sketch = nn.ModuleList(nn.Conv2d(c, 3 * n * n, kernel_size=1) for c, n in zip(stages.values(), blocks, strict=True))
     gave = {}
@@ -450,8 +454,8 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
             F.pixel_shuffle(layer(gave[stage].float()), n)  # (B, 3 n^2, 32 / n, 32 / n) -> (B, 3, 32, 32)
             for stage, layer, n in zip(stages, sketch, blocks, strict=True)
         ]
-        scores = name(gave[unet.mid].float()).split(shown.shape, dim=1)  # (B, 160, 4, 4), (B, 10, 4, 4)
-        named = (weights @ labels)[:, :, None, None].expand(-1, -1, *scores[0].shape[2:]).split(shown.shape, dim=1)
+        scores = name(gave[unet.mid].float()).split(counts, dim=1)  # (B, 80, 4, 4) and so on
+        named = (weights @ labels)[:, :, None, None].expand(-1, -1, *scores[0].shape[2:]).split(counts, dim=1)
         return error(predicted) + 0.3 * sum(map(error, sketches)) + 0.02 * sum(map(F.cross_entropy, scores, named))
 
     def show() -> Tensor:
@@ -460,7 +464,7 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         generator = torch.Generator().manual_seed(0)
         return faster(batch_size=SHOWN, num_inference_steps=50, generator=generator, output_type="pt").images
 
-    train(nn.ModuleList([unet, sketch, name]), loss, show, steps, 4e-3, folder, ema=0.998)
+    train(nn.ModuleList([unet, sketch, name]), loss, show, steps, 6e-3, folder, ema=0.998)
     for hook in hooks:
         hook.remove()
     return pipe
@@ -510,7 +514,7 @@ def main() -> None:
     torch.manual_seed(0)
     out = options.out or BUNDLED / options.model
     if options.model == "tiny-ddpm":
-        (steps,), (batch,) = options.steps or (10_000,), options.batch or (32,)
+        (steps,), (batch,) = options.steps or (3_300,), options.batch or (24,)
         save(train_ddpm(steps, batch, options.runs / "tiny-ddpm"), out)
         return
     data = Folder(options.pictures) if options.pictures else Emoji()
