@@ -1,4 +1,4 @@
-"""The judge of tiny-emoji: a small network that says what is in a picture. `python judge.py` trains it on renders.
+"""The judge of both models: a small network that says what is in a picture. `python judge.py` trains it on renders.
 
 It reads what a prompt says: the things, the style, the colour, the size and the place. The renders that it learns from
 are drawn anew at each step, held-out combinations too, blurred and noisy at random: it is to judge what is drawn, not
