@@ -514,7 +514,7 @@ def main() -> None:
     torch.manual_seed(0)
     out = options.out or BUNDLED / options.model
     if options.model == "tiny-ddpm":
-        (steps,), (batch,) = options.steps or (3_300,), options.batch or (24,)
+        (steps,), (batch,) = options.steps or (3_000,), options.batch or (16,)
         save(train_ddpm(steps, batch, options.runs / "tiny-ddpm"), out)
         return
     data = Folder(options.pictures) if options.pictures else Emoji()
