@@ -157,8 +157,8 @@ def trained(n: int, seed: int = 0, share_alone: float = 0.6) -> Scenes:
 def large() -> tuple[Scenes, Tensor]:
     """All 2,560 scenes of one of FEW, large, not in the middle; and bool (2560,), tiny-ddpm's: a random half of them.
 
-    From left to right and from above to below are 8 of 32 pixels: one step of the coarsest level of its UNet, which draws
-    a thing that is moved so as it draws it where it was. Moved by 4 it would be learned once more.
+    From left to right, and down, it is 8 of 32 pixels: one step of the coarsest level of the UNet, for which a thing
+    moved so is the same thing elsewhere. Moved by 4 it would be another, to be learned too.
     """
     counts = [len(FEW), len(STYLES), len(COLOURS), 2, len(HEIGHTS)]
     thing, style, colour, place, height = torch.cartesian_prod(*map(torch.arange, counts)).T
