@@ -1,10 +1,13 @@
-"""torch's linear layers, convolutions and attention, and quicker ways through them where a picture is drawn on a CPU.
+"""torch's linear layers, convolutions and attention, and two ways past them where a picture is drawn on a CPU.
 
-torch multiplies float32 matrices by MKL, which uses half of a vector of 512 bits on a CPU that isn't Intel's; oneDNN,
-which computes torch's convolutions, uses all of it. One core of a Zen 5 reaches 105 GFLOP/s by the first, 245 by the
-second; its attention takes 0.7 of the time in products of oneDNN, a few hundred queries at a time. Sums run in another
-order, so that results differ by roundings; so all is torch's own where vectors have 256 bits (Zen 3): there the first
-gains little, and the second takes 1.7 of the time.
+Half precision, where the CPU has no products of it, goes by way of float32: torch imitates them, a hundred times as
+slowly.
+
+And `layers.QUICK = True` takes oneDNN for the products of float32. torch takes MKL, which uses half of a vector of 512
+bits on a CPU that isn't Intel's: one core of a Zen 5 reaches 105 GFLOP/s by it, 245 by oneDNN, and attention takes 0.7
+of the time in such products, a few hundred queries at a time. On a Zen 3, whose vectors have 256 bits, the first gains
+little, and the second takes 1.7 of the time. Sums run in another order: a pass differs by 1e-6 of its largest number, a
+run of many steps by up to 1e-4, and so it is off until asked for.
 """
 
 import itertools
@@ -16,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-WIDE = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
+QUICK = False
 LARGE = 2**14  # numbers in an input, from which on the call of oneDNN, 12 microseconds, is repaid
 QUERIES = 512  # that look at all keys at once: their weights stay in the cache
 KEYS = 128  # from which on attention in parts is quicker
 
-# What the CPU has no products for, torch multiplies number by number, a hundred times as slowly as in float32
+# What the CPU has no products of
 SLOW = {
     dtype
     for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
@@ -48,7 +51,7 @@ def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int =
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., n) and (m, n) -> (..., m)."""
-    if WIDE and drawing((torch.float32,), x, weight, bias, least=LARGE):
+    if QUICK and ONEDNN and drawing((torch.float32,), x, weight, bias, least=LARGE):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -75,7 +78,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
 
     `mask`, which must broadcast to (B, heads, L, S), is true where a query may look.
     """
-    many = WIDE and mask is None and k.shape[1] >= KEYS and drawing((torch.float32, torch.bfloat16), q, k, v)
+    many = QUICK and ONEDNN and mask is None and k.shape[1] >= KEYS
+    many = many and drawing((torch.float32, torch.bfloat16), q, k, v)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
     y = in_parts(q, k, v) if many else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).flatten(2)

@@ -14,9 +14,8 @@ pytestmark = pytest.mark.skipif(not layers.ONEDNN, reason="this build of torch i
 
 
 @pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    """As on a CPU that has such vectors."""
-    monkeypatch.setattr(layers, "WIDE", True)
+def quick(monkeypatch):
+    monkeypatch.setattr(layers, "QUICK", True)
 
 
 class Called(TorchDispatchMode):
@@ -145,7 +144,7 @@ def test_attention_in_parts(L, S, heads, dtype, monkeypatch):
     exact = layers.attention(q.double(), k.double(), v.double(), heads)
     with Called() as called:
         ours = layers.attention(q, k, v, heads)
-    monkeypatch.setattr(layers, "WIDE", False)
+    monkeypatch.setattr(layers, "QUICK", False)
     plain = layers.attention(q, k, v, heads)
     assert not any("scaled_dot_product" in name for name in called.names) and ours.dtype == dtype
     assert far(ours, exact) <= (2e-6 if dtype == torch.float32 else 4e-3)  # SDPA: 1.5e-6
@@ -170,9 +169,9 @@ def test_half_precision_where_the_cpu_has_none(kind, dtype, monkeypatch):
 def test_a_network_both_ways(tiny_models, monkeypatch):
     unet = tiny_models["UNet2DConditionModel"]
     inputs = random(2, 4, 16, 16), torch.tensor(7), random(2, 77, unet.config.cross_attention_dim)
-    monkeypatch.setattr(layers, "WIDE", False)
+    monkeypatch.setattr(layers, "QUICK", False)
     plain = unet(*inputs).sample
-    for name, value in {"WIDE": True, "LARGE": 0, "KEYS": 1, "QUERIES": 100}.items():
+    for name, value in {"QUICK": True, "LARGE": 0, "KEYS": 1, "QUERIES": 100}.items():
         monkeypatch.setattr(layers, name, value)
     with Called() as called:
         assert far(unet(*inputs).sample, plain.double()) <= 2e-6
