@@ -78,11 +78,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
 
     `mask`, which must broadcast to (B, heads, L, S), is true where a query may look.
     """
-    many = QUICK and ONEDNN and mask is None and k.shape[1] >= KEYS
-    many = many and drawing((torch.float32, torch.bfloat16), q, k, v)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
-    y = in_parts(q, k, v) if many else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    quick = mask is None and in_parts_is_quicker(q, k, v)
+    y = in_parts(q, k, v) if quick else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).flatten(2)
+
+
+def in_parts_is_quicker(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return QUICK and ONEDNN and k.shape[-2] >= KEYS and drawing((torch.float32, torch.bfloat16), q, k, v)
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
