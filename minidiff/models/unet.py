@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D_CONDITION
 
-from ..layers import Conv2d, Linear, attention
+from ..layers import Conv2d, Linear, Prepared, attention
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
 from ..loading.model import Model
 from ..loading.single_file import OneFile
@@ -141,7 +141,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size or (2 * H, 2 * W), mode="nearest"))
 
 
-class Attention(nn.Module):
+class Attention(Prepared, nn.Module):
     """Tokens (B, L, dim) look at `context` (B, S, context_dim), or at each other where there is no context."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
@@ -154,7 +154,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        return self.out(attention(self.q(x), self.k(context), self.v(context), self.heads, mask))
+        return self.out(attention(self.q(x), self.k(context), self.v(context), self.heads, mask, self.quick))
 
 
 class PixelAttention(Attention):
