@@ -36,14 +36,15 @@ def convolve(x: Tensor, kernels: Tensor, bias: Tensor | None, linear: Callable[.
     """`F.conv2d(x, weight, bias, padding=1)`: (B, C, H, W) -> (B, K, H, W), where `kernels` are `transform(weight)`.
     The result is channels_last, and x is best so. `linear` makes the products."""
     (B, _, H, W), K = x.shape, kernels.shape[2]
-    h, w = -(-H // 2), -(-W // 2)
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + 2 * w - W, 1, 1 + 2 * h - H))  # (B, 2h + 2, 2w + 2, C)
+    h, w = -(-H // 2), -(-W // 2)  # of the results' squares
     y = x.new_empty(B, h, 2, w, 2, K)
-    for picture, into in zip(x, y, strict=True):
+    for picture, results in zip(x.permute(0, 2, 3, 1), y, strict=True):  # (H, W, C), (h, 2, w, 2, K)
         for first in range(0, h, max(1, TILES // w)):
-            part = into[first : first + max(1, TILES // w)]  # (n, 2, w, 2, K)
-            n = len(part)
-            rows = before([picture[2 * first + i :][: 2 * n : 2] for i in range(4)])
+            part = results[first : first + max(1, TILES // w)]
+            n, top, end = len(part), 2 * first - 1, 2 * (first + len(part)) + 1
+            pixels = picture[max(top, 0) : end]
+            pixels = F.pad(pixels, (0, 0, 1, 1 + 2 * w - W, max(-top, 0), max(end - H, 0)))  # (2n + 2, 2w + 2, C)
+            rows = before([pixels[i : i + 2 * n : 2] for i in range(4)])
             d = [before([row[:, j : j + 2 * w : 2] for j in range(4)]) for row in rows]  # 4x4 of (n, w, C)
             # Element 1, 1 enters all four results as it is, and takes the bias to them
             m = [

@@ -110,7 +110,8 @@ class ResnetBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h if t is None else h + t)
-        return (self.skip(x) + self.conv2(self.dropout(F.silu(h, inplace=True)))) / self.scale
+        h = self.skip(x) + self.conv2(self.dropout(F.silu(h, inplace=True)))
+        return h if self.scale == 1 else h / self.scale
 
 
 class Downsample(nn.Module):
@@ -170,7 +171,8 @@ class PixelAttention(Attention):
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         tokens = self.norm(x.flatten(2)).transpose(1, 2)  # (B, C, H, W) -> (B, C, H*W) -> (B, H*W, C)
-        return (super().forward(tokens).transpose(1, 2).reshape(x.shape) + x) / self.scale
+        h = super().forward(tokens).transpose(1, 2).reshape(x.shape) + x
+        return h if self.scale == 1 else h / self.scale
 
 
 class FeedForward(nn.Module):
