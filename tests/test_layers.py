@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import minidiff as m
 from minidiff import layers, lora
 
 pytestmark = pytest.mark.skipif(not layers.ONEDNN, reason="this build of torch is without oneDNN")
@@ -243,3 +244,23 @@ def test_adapters_know_these_layers_and_torchs(tiny_models):
     assert len(lora.add(unet)) == 2 * len(lora.adapted(unet)) and attention.q in lora.adapted(unet)
     lora.remove(unet, "default")
     assert [name for name, _ in unet.named_parameters()] == names and type(attention.q) is layers.Linear
+
+
+def test_an_optimized_pipeline_draws_the_same(tiny_sd_folder):
+    pipe = m.DiffusionPipeline.from_pretrained(tiny_sd_folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipe("a red apple", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+
+    plain = draw().images
+    pipe.optimize()
+    with Called() as called:
+        assert (draw().images - plain).abs().max() <= 1e-5
+    assert "aten::convolution" in called.names and pipe.vae.decoder.conv_in.kernels is not None  # 1x1 ones
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    assert m.UNet2DConditionModel(pipe.unet.config).load_state_dict(before)  # nothing came to the weights
+    pipe.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="no effect on cpu, in bfloat16"):
+        pipe.optimize()
+    assert draw().images.isfinite().all()

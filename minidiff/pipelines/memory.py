@@ -3,6 +3,7 @@
 Offloaded models wait on the CPU, and come to the device when they compute: slower, with less memory there.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,8 +23,14 @@ class MemorySwitches:
 
     def optimize(self) -> None:
         """Draws quicker from now on, on a CPU in float32: layers take the ways of minidiff/layers.py, which cost memory
-        (16/9 of the weights of the convolutions) and differ by a few 1e-6 of the largest number in a pass. On other
-        devices nothing changes: `torch.compile(pipe.unet)` serves there."""
+        (16/9 of the weights of the convolutions) and differ by a few 1e-6 of the largest number in a pass.
+
+        Elsewhere nothing changes, and a warning says so.
+        """
+        if (self.device.type, self.dtype) != ("cpu", torch.float32):
+            where = f"on {self.device}, in {str(self.dtype).removeprefix('torch.')}"
+            serves = "torch.compile(pipe.unet) may serve"
+            warnings.warn(f"optimize() has no effect {where}, but on a CPU in float32: {serves}", stacklevel=2)
         for model in self._models():
             layers.prepare(model)
 
