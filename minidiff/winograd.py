@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILES = 512  # of 4x4 pixels at once: what they become stays in the cache
+TILES = 1024  # of 4x4 pixels at once: what they become stays in the cache
 
 
 def before(d: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -36,21 +36,22 @@ def convolve(x: Tensor, kernels: Tensor, bias: Tensor | None, linear: Callable[.
     """`F.conv2d(x, weight, bias, padding=1)`: (B, C, H, W) -> (B, K, H, W), where `kernels` are `transform(weight)`.
     The result is channels_last, and x is best so. `linear` makes the products."""
     (B, _, H, W), K = x.shape, kernels.shape[2]
-    h, w = -(-H // 2), -(-W // 2)  # of the results' squares
+    h, w = -(-H // 2), -(-W // 2)  # squares of results
     y = x.new_empty(B, h, 2, w, 2, K)
-    for picture, results in zip(x.permute(0, 2, 3, 1), y, strict=True):  # (H, W, C), (h, 2, w, 2, K)
-        for first in range(0, h, max(1, TILES // w)):
-            part = results[first : first + max(1, TILES // w)]
-            n, top, end = len(part), 2 * first - 1, 2 * (first + len(part)) + 1
-            pixels = picture[max(top, 0) : end]
-            pixels = F.pad(pixels, (0, 0, 1, 1 + 2 * w - W, max(-top, 0), max(end - H, 0)))  # (2n + 2, 2w + 2, C)
-            rows = before([pixels[i : i + 2 * n : 2] for i in range(4)])
-            d = [before([row[:, j : j + 2 * w : 2] for j in range(4)]) for row in rows]  # 4x4 of (n, w, C)
+    some, lines = max(1, TILES // (h * w)), max(1, TILES // w)  # pictures at once, and lines of squares in them
+    for pictures, results in zip(x.permute(0, 2, 3, 1).split(some), y.split(some), strict=True):
+        for first in range(0, h, lines):
+            part = results[:, first : first + lines]  # (b, n, 2, w, 2, K)
+            n, top, end = part.shape[1], 2 * first - 1, 2 * (first + part.shape[1]) + 1
+            pixels = pictures[:, max(top, 0) : end]
+            pixels = F.pad(pixels, (0, 0, 1, 1 + 2 * w - W, max(-top, 0), max(end - H, 0)))  # (b, 2n + 2, 2w + 2, C)
+            rows = before([pixels[:, i : i + 2 * n : 2] for i in range(4)])
+            d = [before([row[:, :, j : j + 2 * w : 2] for j in range(4)]) for row in rows]  # 4x4 of (b, n, w, C)
             # Element 1, 1 enters all four results as it is, and takes the bias to them
             m = [
                 after([linear(d[i][j], kernels[i, j], bias if i == j == 1 else None) for i in range(4)])
                 for j in range(4)
-            ]  # 4x2 of (n, w, K)
+            ]  # 4x2 of (b, n, w, K)
             for i, row in enumerate(zip(*m, strict=True)):
-                part[:, i, :, 0], part[:, i, :, 1] = after(row)
+                part[:, :, i, :, 0], part[:, :, i, :, 1] = after(row)
     return y.view(B, 2 * h, 2 * w, K)[:, :H, :W].permute(0, 3, 1, 2)
