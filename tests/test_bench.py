@@ -112,7 +112,7 @@ def test_sweep_states_and_draws_the_powers(tiny_sd_folder, tmp_path, capsys):
     assert bench.main([str(tiny_sd_folder), "--sweep", str(tmp_path / "powers.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
-        "pixels (pass of 1)",
+        "pixels of latents (pass of 1)",
         "pictures at once (pass)",
         "steps (whole call)",
     ]

@@ -34,7 +34,7 @@ def sweep(pipe: Any, inputs: Inputs, seconds: Callable[[Callable[[], Any]], floa
     with torch.no_grad():
         one(1, lengths[0])  # chooses kernels and fills caches
         return {
-            "pixels (pass of 1)": [(length**2, one(1, length)) for length in lengths],
+            "pixels of latents (pass of 1)": [(length**2, one(1, length)) for length in lengths],
             "pictures at once (pass)": [(B, one(B, side)) for B in COUNTS],
             "steps (whole call)": [(steps, call(steps)) for steps in COUNTS],
         }
@@ -57,4 +57,7 @@ def draw_powers(rows: dict[str, Points], file: Path) -> None:
         axes.loglog(x, y, "o")
         axes.loglog(x, [middle * one**p for one in x], color="grey")
         axes.set(title=f"power {p:.2f}", xlabel=name, ylabel="seconds")
+        axes.minorticks_off()
+        axes.set_xticks(x, [f"{one:g}" for one in x])
+        axes.set_yticks(y, [f"{one:.3g}" for one in y])
     figure.savefig(file, dpi=110)
