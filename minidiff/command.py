@@ -72,6 +72,8 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Pipeline | None]:
                 one.scheduler = getattr(minidiff, name).from_config(one.scheduler.config, **keys)
         with naming("--device"):
             one.to(args.device)
+        if args.optimize:
+            one.optimize()
     return pipe, refiner
 
 

@@ -3,26 +3,30 @@
 Half precision, where the CPU has no products of it, goes by way of float32: torch imitates them, a hundred times as
 slowly.
 
-And `layers.QUICK = True` takes oneDNN for the products of float32. torch takes MKL, which uses half of a vector of 512
-bits on a CPU that isn't Intel's: one core of a Zen 5 reaches 105 GFLOP/s by it, 245 by oneDNN, and attention takes 0.7
-of the time in such products, a few hundred queries at a time. On a Zen 3, whose vectors have 256 bits, the first gains
-little, and the second takes 1.7 of the time. Sums run in another order: a pass differs by 1e-6 of its largest number, a
-run of many steps by up to 1e-4, and so it is off until asked for.
+And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways in float32: convolutions by Winograd's algorithm
+(winograd.py), 0.4 to 0.7 of the time. On CPUs with vectors of 512 bits products are oneDNN's: torch takes MKL, which
+uses half of such a vector on one that isn't Intel's. A core of a Zen 5 reaches 105 GFLOP/s by it, 245 by oneDNN, and
+attention takes 0.7 of the time in such products, a few hundred queries at a time. (On a Zen 3, whose vectors have 256
+bits, it would take 1.7.) Sums run in another order then, and a pass differs by a few 1e-6 of its largest number.
 """
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from . import winograd
+
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-QUICK = False
+WIDE = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 LARGE = 2**14  # numbers in an input, from which on the call of oneDNN, 12 microseconds, is repaid
 QUERIES = 512  # that look at all keys at once: their weights stay in the cache
 KEYS = 128  # from which on attention in parts is quicker
+CHANNELS = 256  # in and out of a convolution, from which on Winograd's is quicker
 
 # What the CPU has no products of
 SLOW = {
@@ -50,8 +54,8 @@ def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int =
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias: (..., n) and (m, n) -> (..., m)."""
-    if QUICK and ONEDNN and drawing((torch.float32,), x, weight, bias, least=LARGE):
+    """x weight^T + bias by oneDNN: (..., n) and (m, n) -> (..., m)."""
+    if drawing((torch.float32,), x, weight, bias, least=LARGE):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -63,29 +67,64 @@ def through_float32(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bia
     return layer(x, weight, bias)
 
 
-class Linear(nn.Linear):
+class Prepared:
+    """What `prepare` makes quicker."""
+
+    quick = False
+
+    def prepare(self) -> None:
+        self.quick = WIDE
+
+
+class Linear(Prepared, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return through_float32(product, x, self.weight, self.bias)
+        return through_float32(product if self.quick else F.linear, x, self.weight, self.bias)
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(Prepared, nn.Conv2d):
+    kernels: tuple[Any, Tensor] | None = None  # which weight, and what winograd.py makes of it
+
     def forward(self, x: Tensor) -> Tensor:
-        return through_float32(self._conv_forward, x, self.weight, self.bias)
+        W, b = self.weight, self.bias
+        if self.quick and drawing((torch.float32,), x, W, b) and x.ndim == 4:
+            return winograd.convolve(x, self._kernels(), b, product if WIDE else F.linear)
+        return through_float32(self._conv_forward, x, W, b)
+
+    def prepare(self) -> None:
+        shape = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        self.quick = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and min(self.weight.shape[:2]) >= CHANNELS
+
+    def _kernels(self) -> Tensor:
+        """Made anew where the weight was exchanged, or changed in place (but through `.data`)."""
+        W = self.weight
+        of = W.data_ptr(), 0 if W.is_inference() else W._version
+        if self.kernels is None or self.kernels[0] != of:
+            self.kernels = of, winograd.transform(W.detach())
+        return self.kernels[1]
+
+    def __getstate__(self) -> dict[str, Any]:  # of a copy, or a pickle
+        return {**vars(self), "kernels": None}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+def prepare(network: nn.Module) -> None:
+    """From now on the network takes the quicker ways, where there are such. What the convolutions keep ready for them
+    takes 16/9 of the memory of their weights."""
+    for module in network.modules():
+        if isinstance(module, Prepared):
+            module.prepare()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, quick: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for each head. q is (B, L, C), k and v are (B, S, C); returns (B, L, C).
 
-    `mask`, which must broadcast to (B, heads, L, S), is true where a query may look.
+    `mask`, which must broadcast to (B, heads, L, S), is true where a query may look. `quick`: see `prepare`.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
-    quick = mask is None and in_parts_is_quicker(q, k, v)
-    y = in_parts(q, k, v) if quick else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if quick and mask is None and k.shape[-2] >= KEYS and drawing((torch.float32, torch.bfloat16), q, k, v):
+        y = in_parts(q, k, v)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).flatten(2)
-
-
-def in_parts_is_quicker(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return QUICK and ONEDNN and k.shape[-2] >= KEYS and drawing((torch.float32, torch.bfloat16), q, k, v)
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from .loading.save import locked
 MANIFEST = "manifest.jsonl"
 LOCK = ".lock"  # of the run in the folder; the file stays
 KEYS = ("prompt", "negative", "image", "mask", "strength", "height", "width", "steps", "guidance", "seed", "n")
-SETTINGS = (*RECORDED, "karras", "dtype", "variant", "safety", "scale")  # what a picture depends on, beside `files`
+# What a picture depends on, beside `files`
+SETTINGS = (*RECORDED, "karras", "dtype", "optimize", "variant", "safety", "scale")
 
 Read = Callable[[list[str]], Namespace]
 

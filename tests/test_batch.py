@@ -241,6 +241,8 @@ def test_a_start_draws_what_begins_with_other_files_now(draw, prompts, tiny_sd_f
         assert f"{count} pictures drawn" in capsys.readouterr().out, name
     assert draw("out", *flags, "--dtype", "bfloat16") == 0
     assert "3 pictures drawn" in capsys.readouterr().out
+    assert draw("out", *flags, "--optimize") == 0
+    assert "3 pictures drawn" in capsys.readouterr().out
     assert {row["settings"]["dtype"] for row in rows_of("out")} == {"float32", "bfloat16"}
     assert {row["settings"]["device"] for row in rows_of("out")} == {"cpu"}
 

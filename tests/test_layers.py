@@ -1,6 +1,8 @@
 """The quicker ways through layers and attention: the same numbers, and taken only where values alone are asked for."""
 
 import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import minidiff as m
 from minidiff import layers, lora
 
 pytestmark = pytest.mark.skipif(not layers.ONEDNN, reason="this build of torch is without oneDNN")
@@ -15,7 +18,14 @@ pytestmark = pytest.mark.skipif(not layers.ONEDNN, reason="this build of torch i
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(layers, "QUICK", True)
+    """As on a CPU with vectors of 512 bits, and whatever the size."""
+    for name, value in {"WIDE": True, "CHANNELS": 1}.items():
+        monkeypatch.setattr(layers, name, value)
+
+
+def prepared(layer):
+    layers.prepare(layer)
+    return layer
 
 
 class Called(TorchDispatchMode):
@@ -83,7 +93,7 @@ OTHERWISE = {
 @torch.no_grad()
 @pytest.mark.parametrize("reason", OTHERWISE)
 def test_is_torch_s_own_where_more_than_values_is_asked_for(reason):
-    layer = layers.Linear(64, 32)
+    layer = prepared(layers.Linear(64, 32))
     with OTHERWISE[reason](layer), Called() as called:
         x = random(1 if reason == "few numbers" else 300, 64, dtype=layer.weight.dtype)
         y = layer(x)
@@ -125,12 +135,13 @@ WAYS += [(layers.Conv2d, way) for way in (traced, batched, called_with_others, e
 @pytest.mark.parametrize(("kind", "way"), WAYS)
 def test_torch_s_ways_to_call_a_layer(kind, way, monkeypatch):
     monkeypatch.setattr(layers, "LARGE", 0)
-    layer, x = (kind(8, 4), random(3, 8)) if kind is layers.Linear else (kind(8, 4, 3), random(2, 8, 5, 5))
-    assert torch.allclose(way(layer, x), type(layer).__mro__[1].forward(layer, x), rtol=1e-6, atol=1e-6)
+    layer, x = (kind(8, 4), random(3, 8)) if kind is layers.Linear else (kind(8, 4, 3, padding=1), random(2, 8, 5, 5))
+    layers.prepare(layer)
+    assert torch.allclose(way(layer, x), type(layer).__mro__[2].forward(layer, x), rtol=1e-6, atol=1e-6)
 
 
 def test_is_torch_s_own_on_the_meta_device():
-    layer = layers.Linear(200, 100, device="meta")
+    layer = prepared(layers.Linear(200, 100, device="meta"))
     with torch.no_grad():
         assert layer(torch.empty(100, 200, device="meta")).shape == (100, 100)
 
@@ -138,13 +149,12 @@ def test_is_torch_s_own_on_the_meta_device():
 @torch.no_grad()
 @pytest.mark.parametrize(("L", "S", "heads"), [(600, 600, 2), (513, 200, 1), (64, 1030, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_in_parts(L, S, heads, dtype, monkeypatch):
+def test_attention_in_parts(L, S, heads, dtype):
     q, k, v = (random(2, n, 64, dtype=dtype) for n in (L, S, S + 1))
     v = v[:, 1:]
-    exact = layers.attention(q.double(), k.double(), v.double(), heads)
+    exact = layers.attention(q.double(), k.double(), v.double(), heads, quick=True)
     with Called() as called:
-        ours = layers.attention(q, k, v, heads)
-    monkeypatch.setattr(layers, "QUICK", False)
+        ours = layers.attention(q, k, v, heads, quick=True)
     plain = layers.attention(q, k, v, heads)
     assert not any("scaled_dot_product" in name for name in called.names) and ours.dtype == dtype
     assert far(ours, exact) <= (2e-6 if dtype == torch.float32 else 4e-3)  # SDPA: 1.5e-6
@@ -166,16 +176,64 @@ def test_half_precision_where_the_cpu_has_none(kind, dtype, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("H", "W"), [(8, 8), (7, 9), (1, 1), (2, 5), (70, 66)])
+def test_winograd_s_convolution(H, W, bias):
+    """More than one part of TILES too, and nearer to the exact sums than torch's."""
+    layer, x = layers.Conv2d(48, 40, 3, padding=1, bias=bias), random(2, 48, H, W)
+    plain, exact = layer(x), layer.double()(x.double())
+    for form in (x, x.to(memory_format=torch.channels_last), x.expand(3, 2, 48, H, W)[1]):
+        ours = prepared(layer.float())(form)
+        assert layer.kernels is not None and far(ours, exact) <= 1e-6
+        assert far(ours, exact) <= 2 * far(plain, exact)
+
+
+@torch.no_grad()
+def test_changed_weights_are_seen():
+    layer, x = prepared(layers.Conv2d(32, 32, 3, padding=1)), random(1, 32, 6, 6)
+    layer(x)
+    changes = {
+        "in place": lambda: layer.weight.mul_(2),
+        "a new one": lambda: setattr(layer, "weight", torch.nn.Parameter(random(32, 32, 3, 3))),
+        "as adapters are fused": lambda: setattr(layer.weight, "data", random(32, 32, 3, 3) + 1),
+        "loaded": lambda: layer.load_state_dict({"weight": random(32, 32, 3, 3) - 1, "bias": random(32)}),
+    }
+    for change in changes.values():
+        change()
+        assert far(layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)) <= 1e-6
+    assert far(layer.double()(x.double()), F.conv2d(x.double(), layer.weight, layer.bias, padding=1)) == 0
+
+
+@torch.no_grad()
+def test_copies_of_a_prepared_layer():
+    layer, x = prepared(layers.Conv2d(32, 32, 3, padding=1)), random(1, 32, 6, 6)
+    y = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.kernels is None and torch.equal(other(x), y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 1}, {"stride": 2}, {"padding": 0}, {"dilation": 2}, {"groups": 2}, {"padding_mode": "reflect"}],
+    ids=str,
+)
+def test_other_convolutions_stay_as_they_are(options):
+    layer, x = layers.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1} | options), random(1, 8, 9, 9)
+    y = layer(x)
+    assert torch.equal(prepared(layer)(x), y) and not layer.quick
+
+
+@torch.no_grad()
 def test_a_network_both_ways(tiny_models, monkeypatch):
     unet = tiny_models["UNet2DConditionModel"]
     inputs = random(2, 4, 16, 16), torch.tensor(7), random(2, 77, unet.config.cross_attention_dim)
-    monkeypatch.setattr(layers, "QUICK", False)
     plain = unet(*inputs).sample
-    for name, value in {"QUICK": True, "LARGE": 0, "KEYS": 1, "QUERIES": 100}.items():
+    for name, value in {"LARGE": 0, "KEYS": 1, "QUERIES": 100}.items():
         monkeypatch.setattr(layers, name, value)
     with Called() as called:
-        assert far(unet(*inputs).sample, plain.double()) <= 2e-6
-    assert called.by_onednn()
+        assert far(prepared(unet)(*inputs).sample, plain.double()) <= 2e-6
+    assert called.by_onednn() and unet.conv_in.kernels is not None
 
 
 def test_adapters_know_these_layers_and_torchs(tiny_models):
@@ -186,3 +244,23 @@ def test_adapters_know_these_layers_and_torchs(tiny_models):
     assert len(lora.add(unet)) == 2 * len(lora.adapted(unet)) and attention.q in lora.adapted(unet)
     lora.remove(unet, "default")
     assert [name for name, _ in unet.named_parameters()] == names and type(attention.q) is layers.Linear
+
+
+def test_an_optimized_pipeline_draws_the_same(tiny_sd_folder):
+    pipe = m.DiffusionPipeline.from_pretrained(tiny_sd_folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipe("a red apple", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+
+    plain = draw().images
+    pipe.optimize()
+    with Called() as called:
+        assert (draw().images - plain).abs().max() <= 1e-5
+    assert "aten::convolution" in called.names and pipe.vae.decoder.conv_in.kernels is not None  # 1x1 ones
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    assert m.UNet2DConditionModel(pipe.unet.config).load_state_dict(before)  # nothing came to the weights
+    pipe.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="no effect on cpu, in bfloat16"):
+        pipe.optimize()
+    assert draw().images.isfinite().all()

@@ -6,72 +6,128 @@ seconds differ between machines, and on one machine between two hours.
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from .sides import Inputs, Side
 from .stages import TEXT_ENCODERS, VAES, call_arguments, parts_of, predict, random_latents, token_ids
+from .sweep import draw_powers, exponent, sweep
 from .verify import BOUNDS, find_folder
 
 SIDES = {"reference": "diffusers", "minidiff": "minidiff"}
+PICTURE = "from the start to a picture"
+PROCESS = Path("/proc/self")  # Linux
 
 
-def measure(side: Side, inputs: Inputs) -> dict[str, float]:
-    """Seconds for each part of the way from folder to picture, and the most memory that it took, in MB."""
+class Operations(TorchDispatchMode):
+    """Counts torch's operations."""
 
-    device = torch.get_device_module(inputs.device)
+    count = 0
 
-    def seconds(call: Callable[[], Any]) -> float:
-        device.synchronize()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+class Watch:
+    """What calls on a device take."""
+
+    def __init__(self, device: str):
+        self.device, self.on_cpu = torch.get_device_module(device), device == "cpu"
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        self.device.synchronize()
         started = time.perf_counter()
         call()
-        device.synchronize()
+        self.device.synchronize()
         return time.perf_counter() - started
 
-    pipes: list[Any] = []
-    rows = {"load the pipeline": seconds(lambda: pipes.append(side.pipeline()))}
+    def memory(self, name: str, call: Callable[[], Any], loads: bool = False) -> dict[str, int]:
+        """A row, in MB: the most memory at once beyond what is there afterwards, weights mostly; with `loads` beyond
+        what was there before. None where the system doesn't tell."""
+        if not self.on_cpu and hasattr(self.device, "reset_peak_memory_stats"):
+            self.device.reset_peak_memory_stats()
+            before = self.device.memory_allocated()
+            call()
+            peak, after = self.device.max_memory_allocated(), self.device.memory_allocated()
+        elif self.on_cpu and PROCESS.exists():
+            (PROCESS / "clear_refs").write_text("5")  # sets the peak, VmHWM, back
+            before = self._resident("VmRSS")
+            call()
+            peak, after = self._resident("VmHWM"), self._resident("VmRSS")
+        else:
+            call()
+            return {}
+        return {name: round((peak - (before if loads else after)) / 1e6)}
+
+    def _resident(self, name: str) -> int:
+        lines = dict(line.split(":") for line in (PROCESS / "status").read_text().splitlines())
+        return int(lines[name].split()[0]) * 1024
+
+
+def measure(side: Side, inputs: Inputs, quick: bool = False, large: bool = False) -> dict[str, float]:
+    """Seconds for each part of the way from folder to picture, and the memory that it takes, in MB."""
+    watch, rows, pipes = Watch(inputs.device), {}, []
+
+    def load() -> None:
+        rows["load the pipeline"] = watch.seconds(lambda: pipes.append(side.pipeline()))
+
+    def draw() -> None:
+        rows[PICTURE] = watch.seconds(lambda: pipe(**call_arguments(pipe, inputs)))
+
+    memory = watch.memory("load the pipeline, MB", load, loads=True)
     (pipe,) = pipes
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, encoder in parts_of(pipe, TEXT_ENCODERS).items():
-        calls[f"{name.replace('_', ' ')}, batch of 2"] = partial(encoder, token_ids(encoder, inputs)[:2])
-    calls["UNet, batch of 2"] = partial(predict, pipe.unet, inputs, (981, 1))
-    for vae in parts_of(pipe, VAES).values():
-        calls["VAE, decode one picture"] = partial(vae.decode, random_latents(vae, inputs))
-    options = call_arguments(pipe, inputs)
-    calls[f"picture, {inputs.steps} steps"] = lambda: pipe(**options)
+    if quick and not side.reference:
+        pipe.optimize()
     with torch.no_grad():
+        memory |= watch.memory("picture, MB beyond weights", draw)
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, encoder in parts_of(pipe, TEXT_ENCODERS).items():
+            calls[f"{name.replace('_', ' ')}, batch of 2"] = partial(encoder, token_ids(encoder, inputs)[:2])
+        calls["UNet, batch of 2"] = partial(predict, pipe.unet, inputs, (981, 1))
+        for vae in parts_of(pipe, VAES).values():
+            calls["VAE, decode one picture"] = partial(vae.decode, random_latents(vae, inputs))
         for name, call in calls.items():
             call()  # the first one chooses kernels and fills caches
-            rows[name] = seconds(call)
-    if inputs.device.startswith("cuda"):
-        rows["peak memory on the device, MB"] = device.max_memory_allocated() / 1e6
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
-    rows["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
-    return rows
+            rows[name] = watch.seconds(call)
+        with Operations() as operations:
+            calls["UNet, batch of 2"]()
+        memory["UNet, operations of torch"] = operations.count
+        for vae in parts_of(pipe, VAES).values() if large else ():
+            z = random_latents(vae, inputs)
+            memory |= watch.memory("VAE, twice the size, MB", partial(vae.decode, z.repeat(1, 1, 2, 2)))
+            vae.enable_tiling()
+            memory |= watch.memory("VAE, in tiles, 4 times, MB", partial(vae.decode, z.repeat(1, 1, 4, 4)))
+    return rows | memory
 
 
 def turn(side: str, arguments: list[str]) -> dict[str, float]:
     """One process each for the import and for everything else."""
+    # Installed packages are there as bytecode, and a clone is after its first import
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def python(*command: str) -> str:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{SIDES[side]} failed:\n{done.stderr}")
         return done.stdout.splitlines()[-1]
 
     watch = "import time; started = time.perf_counter(); {}; print(time.perf_counter() - started)"
-    imported = python("-c", watch.format(f"from {SIDES[side]} import DiffusionPipeline"))
-    measured = python("-m", "weights_compat.bench", *arguments, "--side", side)
-    return {"import": float(imported)} | json.loads(measured)
+    _, imported = (float(python("-c", watch.format(f"from {SIDES[side]} import DiffusionPipeline"))) for _ in range(2))
+    rows = json.loads(python("-m", "weights_compat.bench", *arguments, "--side", side))
+    rows[PICTURE] += imported + rows["load the pipeline"]
+    return {"import": imported} | rows
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,6 +142,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=BOUNDS, default="float32", help="of weights and inputs (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of denoising (%(default)s)")
     parser.add_argument("--turns", type=int, default=3, help="of each side (%(default)s)")
+    parser.add_argument("--optimize", action="store_true", help="minidiff's pipeline: `pipe.optimize()`")
+    parser.add_argument("--large", action="store_true", help="the memory of large pictures in the VAE too")
+    parser.add_argument("--sweep", type=Path, metavar="PNG", help="instead: how minidiff's time grows, drawn here")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # what a turn's process is told
     args = parser.parse_args(arguments)
     for option in ("steps", "turns"):
@@ -100,26 +159,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    if args.side:
+    if args.side or args.sweep:
         from minidiff.loading.config import read_json
 
-        index = read_json(args.folder / "model_index.json")
         dtype = getattr(torch, args.dtype)
+        index, inputs = read_json(args.folder / "model_index.json"), Inputs(args.device, dtype, args.steps, seed=0)
         side = Side(args.side == "reference", args.folder, index, args.device, dtype)
-        print(json.dumps(measure(side, Inputs(args.device, dtype, args.steps, seed=0))))
+    if args.side:
+        print(json.dumps(measure(side, inputs, args.optimize, args.large)))
+        return 0
+    if args.sweep:
+        pipe = side.pipeline()
+        if args.optimize:
+            pipe.optimize()
+        rows = sweep(pipe, inputs, Watch(args.device).seconds)
+        for name, points in rows.items():
+            print(f"{name}: seconds grow with the power {exponent(points):.2f}:", *(f"{x}: {y:.3g}" for x, y in points))
+        draw_powers(rows, args.sweep)
         return 0
 
     options = [args.name, "--device", args.device, "--dtype", args.dtype, "--steps", str(args.steps)]
+    options += [f"--{flag}" for flag in ("optimize", "large") if getattr(args, flag)]
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for side in tqdm(list(SIDES) * args.turns, "turns"):
         turns[side].append(turn(side, options))
-    print(f"{args.name}, {args.device}, {args.dtype}, {torch.get_num_threads()} threads; medians of {args.turns}\n")
+    print(
+        f"{args.name}, {args.device}, {args.dtype}, {args.steps} steps, {torch.get_num_threads()} threads, medians:\n"
+    )
     print(f"| {'seconds, or MB':<30} | {'reference':>9} | {'minidiff':>9} | ratio |")
     print(f"| {'-' * 30} | {'-' * 8}: | {'-' * 8}: | ----: |")
     for name in turns["minidiff"][0]:
         reference, ours = (statistics.median(row[name] for row in rows) for rows in turns.values())
-        form = ",.0f" if name.endswith("MB") else ".3g"
-        print(f"| {name:<30} | {reference:>9{form}} | {ours:>9{form}} | {ours / reference:>5.2f} |")
+        form = ",.0f" if isinstance(turns["minidiff"][0][name], int) else ".3g"
+        ratio = f"{ours / reference:.2f}" if reference else ""
+        print(f"| {name:<30} | {reference:>9{form}} | {ours:>9{form}} | {ratio:>5} |")
     return 0
 
 

@@ -54,7 +54,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x), mask=mask)
         h = self.fc1(self.norm2(x))
-        return x + self.fc2(h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h))
+        return x + self.fc2(h * (1.702 * h).sigmoid_() if self.quick_gelu else F.gelu(h))
 
 
 @output

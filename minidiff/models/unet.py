@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D_CONDITION
 
-from ..layers import Conv2d, Linear, attention
+from ..layers import Conv2d, Linear, Prepared, attention
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
 from ..loading.model import Model
 from ..loading.single_file import OneFile
@@ -110,7 +110,8 @@ class ResnetBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h if t is None else h + t)
-        return (self.skip(x) + self.conv2(self.dropout(F.silu(h, inplace=True)))) / self.scale
+        h = self.skip(x) + self.conv2(self.dropout(F.silu(h, inplace=True)))
+        return h if self.scale == 1 else h / self.scale
 
 
 class Downsample(nn.Module):
@@ -141,7 +142,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size or (2 * H, 2 * W), mode="nearest"))
 
 
-class Attention(nn.Module):
+class Attention(Prepared, nn.Module):
     """Tokens (B, L, dim) look at `context` (B, S, context_dim), or at each other where there is no context."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
@@ -154,7 +155,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        return self.out(attention(self.q(x), self.k(context), self.v(context), self.heads, mask))
+        return self.out(attention(self.q(x), self.k(context), self.v(context), self.heads, mask, self.quick))
 
 
 class PixelAttention(Attention):
@@ -170,7 +171,8 @@ class PixelAttention(Attention):
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
         tokens = self.norm(x.flatten(2)).transpose(1, 2)  # (B, C, H, W) -> (B, C, H*W) -> (B, H*W, C)
-        return (super().forward(tokens).transpose(1, 2).reshape(x.shape) + x) / self.scale
+        h = super().forward(tokens).transpose(1, 2).reshape(x.shape) + x
+        return h if self.scale == 1 else h / self.scale
 
 
 class FeedForward(nn.Module):

@@ -1,13 +1,16 @@
-"""A pipeline's switches for memory: what they do here, or that there is nothing to do.
+"""A pipeline's switches for speed and memory: what they do here, or that there is nothing to do.
 
 Offloaded models wait on the CPU, and come to the device when they compute: slower, with less memory there.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from .. import layers
 
 Handles = tuple[torch.utils.hooks.RemovableHandle, ...]
 
@@ -17,6 +20,19 @@ class MemorySwitches:
 
     _offload_device: torch.device | None = None
     _hooks: Handles = ()
+
+    def optimize(self) -> None:
+        """Draws quicker from now on, on a CPU in float32: layers take the ways of minidiff/layers.py, which cost memory
+        (16/9 of the weights of the convolutions) and differ by a few 1e-6 of the largest number in a pass.
+
+        Elsewhere nothing changes, and a warning says so.
+        """
+        if (self.device.type, self.dtype) != ("cpu", torch.float32):
+            where = f"on {self.device}, in {str(self.dtype).removeprefix('torch.')}"
+            serves = "torch.compile(pipe.unet) may serve"
+            warnings.warn(f"optimize() has no effect {where}, but on a CPU in float32: {serves}", stacklevel=2)
+        for model in self._models():
+            layers.prepare(model)
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Nothing to do: attention never holds its whole matrix here (minidiff/layers.py)."""
@@ -105,7 +121,7 @@ def offload_models(teams: list[list[nn.Module]], device: torch.device) -> Handle
 def offload_layers(teams: list[list[nn.Module]], device: torch.device) -> Handles:
     """One layer at a time is on the device, for as long as it computes: the least memory, and by far the slowest."""
 
-    def layers() -> Iterator[nn.Module]:
+    def with_weights() -> Iterator[nn.Module]:
         for model in (model for team in teams for model in team):
             model.to("cpu")
             yield from (
@@ -113,7 +129,7 @@ def offload_layers(teams: list[list[nn.Module]], device: torch.device) -> Handle
             )
 
     handles = []
-    for layer in layers():
+    for layer in with_weights():
         handles.append(layer.register_forward_pre_hook(lambda layer, _: layer.to(device) and None))
         handles.append(layer.register_forward_hook(lambda layer, *_: layer.to("cpu") and None))
     return tuple(handles)
