@@ -3,11 +3,12 @@
 Half precision, where the CPU has no products of it, goes by way of float32: torch imitates them, a hundred times as
 slowly.
 
-And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways in float32: convolutions by Winograd's algorithm
-(winograd.py), 0.4 to 0.7 of the time. On CPUs with vectors of 512 bits products are oneDNN's: torch takes MKL, which
-uses half of such a vector on one that isn't Intel's. A core of a Zen 5 reaches 105 GFLOP/s by it, 245 by oneDNN, and
-attention takes 0.7 of the time in such products, a few hundred queries at a time. (On a Zen 3, whose vectors have 256
-bits, it would take 1.7.) Sums run in another order then, and a pass differs by a few 1e-6 of its largest number.
+And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways: convolutions by Winograd's algorithm
+(winograd.py), 0.35 to 0.7 of the time. On CPUs with vectors of 512 bits float32's products are oneDNN's: torch takes
+MKL, which uses half of such a vector on one that isn't Intel's (a core of a Zen 5 reaches 105 GFLOP/s by it, 245 by
+oneDNN), and attention is made of such products, a few hundred queries at a time, in 0.7 to 0.9 of its time. (On a Zen 3,
+whose vectors have 256 bits, it would take 1.7.) Sums run in another order then: a pass of Stable Diffusion 1.5 differs
+by a few 1e-6 of its largest number in float32. In bfloat16 it is off by 1.8 % (root mean square), and by 1.5 % without.
 """
 
 import itertools
@@ -26,7 +27,8 @@ WIDE = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 LARGE = 2**14  # numbers in an input, from which on the call of oneDNN, 12 microseconds, is repaid
 QUERIES = 512  # that look at all keys at once: their weights stay in the cache
 KEYS = 128  # from which on attention in parts is quicker
-CHANNELS = 256  # in and out of a convolution, from which on Winograd's is quicker
+CHANNELS = 128 if WIDE else 256  # in and out of a convolution, from which on Winograd's is quicker
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the quicker ways are for
 
 # What the CPU has no products of
 SLOW = {
@@ -60,6 +62,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """That of the products of numbers of `dtype` on this CPU."""
+    return torch.float32 if dtype in SLOW else dtype
+
+
 def through_float32(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`layer(x, weight, bias)`, in float32 where this CPU can't multiply numbers of x's dtype."""
     if x.dtype in SLOW and drawing((x.dtype,), x, weight, bias):
@@ -86,8 +93,10 @@ class Conv2d(Prepared, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         W, b = self.weight, self.bias
-        if self.quick and drawing((torch.float32,), x, W, b) and x.ndim == 4:
-            return winograd.convolve(x, self._kernels(), b, product if WIDE else F.linear)
+        if self.quick and drawing(DTYPES, x, W, b) and x.ndim == 4:
+            K = self._kernels()
+            b = None if b is None else b.to(K.dtype)
+            return winograd.convolve(x.to(K.dtype), K, b, product if WIDE else F.linear).to(x.dtype)
         return through_float32(self._conv_forward, x, W, b)
 
     def prepare(self) -> None:
@@ -99,7 +108,7 @@ class Conv2d(Prepared, nn.Conv2d):
         W = self.weight
         of = W.data_ptr(), 0 if W.is_inference() else W._version
         if self.kernels is None or self.kernels[0] != of:
-            self.kernels = of, winograd.transform(W.detach())
+            self.kernels = of, winograd.transform(W.detach().float()).to(computed_in(W.dtype))
         return self.kernels[1]
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy, or a pickle
@@ -108,7 +117,7 @@ class Conv2d(Prepared, nn.Conv2d):
 
 def prepare(network: nn.Module) -> None:
     """From now on the network takes the quicker ways, where there are such. What the convolutions keep ready for them
-    takes 16/9 of the memory of their weights."""
+    takes 16/9 of the memory of their weights, and in half precision that goes by way of float32 twice as much."""
     for module in network.modules():
         if isinstance(module, Prepared):
             module.prepare()
@@ -120,7 +129,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
     `mask`, which must broadcast to (B, heads, L, S), is true where a query may look. `quick`: see `prepare`.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
-    if quick and mask is None and k.shape[-2] >= KEYS and drawing((torch.float32, torch.bfloat16), q, k, v):
+    if quick and mask is None and k.shape[-2] >= KEYS and drawing(DTYPES, q, k, v):
         y = in_parts(q, k, v)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -128,10 +137,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one head after the other, and of some QUERIES after the others; in float32, whatever the dtype."""
-    out = torch.empty_like(q)
+    """Attention of one head after the other, and of some QUERIES after the others."""
+    out, dtype = torch.empty_like(q), computed_in(q.dtype)
     for b, h in itertools.product(*map(range, q.shape[:2])):
-        keys, values = k[b, h].float() * q.shape[-1] ** -0.5, v[b, h].T.float().contiguous()  # (S, d), (d, S)
-        for rows, into in zip(q[b, h].float().split(QUERIES), out[b, h].split(QUERIES), strict=True):
+        keys, values = k[b, h].to(dtype) * q.shape[-1] ** -0.5, v[b, h].T.to(dtype).contiguous()  # (S, d), (d, S)
+        for rows, into in zip(q[b, h].to(dtype).split(QUERIES), out[b, h].split(QUERIES), strict=True):
             into.copy_(product(product(rows, keys).softmax(-1), values))
     return out

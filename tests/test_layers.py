@@ -157,8 +157,8 @@ def test_attention_in_parts(L, S, heads, dtype):
         ours = layers.attention(q, k, v, heads, quick=True)
     plain = layers.attention(q, k, v, heads)
     assert not any("scaled_dot_product" in name for name in called.names) and ours.dtype == dtype
-    assert far(ours, exact) <= (2e-6 if dtype == torch.float32 else 4e-3)  # SDPA: 1.5e-6
-    assert far(ours, exact) <= 2 * far(plain, exact)
+    assert far(ours, exact) <= (2e-6 if dtype == torch.float32 else 1e-2)  # SDPA: 1.5e-6, 3e-3
+    assert far(ours, exact) <= (2 if dtype == torch.float32 else 4) * far(plain, exact)  # weights are rounded too
 
 
 @torch.no_grad()
@@ -185,7 +185,21 @@ def test_winograd_s_convolution(H, W, bias):
     for form in (x, x.to(memory_format=torch.channels_last), x.expand(3, 2, 48, H, W)[1]):
         ours = prepared(layer.float())(form)
         assert layer.kernels is not None and far(ours, exact) <= 1e-6
-        assert far(ours, exact) <= 2 * far(plain, exact)
+        assert far(ours, exact) <= 3 * far(plain, exact)  # of one pixel; of many it is less
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_winograd_s_convolution_in_half_precision(dtype, slow, monkeypatch):
+    """Where the CPU has such products, what is between the transforms is rounded too: 3 to 4 times torch's error."""
+    monkeypatch.setattr(layers, "SLOW", {dtype} if slow else set())
+    layer, x = layers.Conv2d(64, 64, 3, padding=1).to(dtype), random(2, 64, 16, 16, dtype=dtype)
+    plain, exact = layer(x), F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    ours = prepared(layer)(x)
+    assert ours.dtype == dtype and layer.kernels[1].dtype == (torch.float32 if slow else dtype)
+    of_ours, of_plain = ((y - exact).square().mean() for y in (ours, plain))
+    assert of_ours <= (1.1 if slow else 5) ** 2 * of_plain
 
 
 @torch.no_grad()
@@ -260,7 +274,5 @@ def test_an_optimized_pipeline_draws_the_same(tiny_sd_folder):
     assert "aten::convolution" in called.names and pipe.vae.decoder.conv_in.kernels is not None  # 1x1 ones
     before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
     assert m.UNet2DConditionModel(pipe.unet.config).load_state_dict(before)  # nothing came to the weights
-    pipe.to(torch.bfloat16)
-    with pytest.warns(UserWarning, match="no effect on cpu, in bfloat16"):
-        pipe.optimize()
-    assert draw().images.isfinite().all()
+    with pytest.warns(UserWarning, match="no effect on meta, but on a CPU"):
+        m.DiffusionPipeline.from_pretrained(tiny_sd_folder).to("meta").optimize()

@@ -18,10 +18,16 @@ from weights_compat.standard import stranger
 from .config import LoadError, check_readable
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a file, mapped into memory. Raises LoadError, with the file's name."""
+PIECE = 2**28  # bytes of a file that is converted: so many are in memory beside the result
+
+
+def read_tensors(file: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file, mapped into memory. Raises LoadError, with the file's name.
+
+    Where they will be converted to `dtype`, the file is mapped anew after each PIECE: what was read goes from memory.
+    """
     check_readable(file)
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    return _read_safetensors(file, dtype) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
 @contextmanager
@@ -33,10 +39,16 @@ def _opened(file: Path) -> Iterator[Any]:
         raise LoadError(f"{file}: not a whole safetensors file: {error}") from None
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with _opened(file) as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dict)
-            yield name, tensors.get_tensor(name)
+def _read_safetensors(file: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    names = None
+    while names is None or names:
+        with _opened(file) as tensors:
+            names, converted = tensors.keys() if names is None else names, 0
+            while names and converted < PIECE:
+                name, *names = names
+                tensor = tensors.get_tensor(name)
+                converted += tensor.nbytes if dtype not in (None, tensor.dtype) else 0
+                yield name, tensor
 
 
 def read_header(file: Path) -> dict[str, str]:

@@ -116,7 +116,7 @@ def read_weights(
             f" It holds {', '.join(others) or 'no weight files at all'}"
         )
     parts = _shards(file) if ".index." in file.name else [file]
-    named = ((part, name, tensor) for part in parts for name, tensor in read_tensors(part))
+    named = ((part, name, tensor) for part in parts for name, tensor in read_tensors(part, files.dtype))
     return fit(named, files.dtype, table, shapes, owner, file)
 
 
