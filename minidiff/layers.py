@@ -6,7 +6,7 @@ slowly.
 And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways: convolutions by Winograd's algorithm
 (winograd.py), 0.35 to 0.7 of the time. On CPUs with vectors of 512 bits float32's products are oneDNN's: torch takes
 MKL, which uses half of such a vector on one that isn't Intel's (a core of a Zen 5 reaches 105 GFLOP/s by it, 245 by
-oneDNN), and attention is made of such products, a few hundred queries at a time, in 0.7 to 0.9 of its time. (On a Zen 3,
+oneDNN), and attention is made of products, a few hundred queries at a time, in 0.7 to 0.9 of its time. (On a Zen 3,
 whose vectors have 256 bits, it would take 1.7.) Sums run in another order then: a pass of Stable Diffusion 1.5 differs
 by a few 1e-6 of its largest number in float32. In bfloat16 it is off by 1.8 % (root mean square), and by 1.5 % without.
 """
@@ -108,7 +108,7 @@ class Conv2d(Prepared, nn.Conv2d):
         W = self.weight
         of = W.data_ptr(), 0 if W.is_inference() else W._version
         if self.kernels is None or self.kernels[0] != of:
-            self.kernels = of, winograd.transform(W.detach().float()).to(computed_in(W.dtype))
+            self.kernels = of, winograd.transform(W.detach().to(computed_in(W.dtype)))
         return self.kernels[1]
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy, or a pickle

@@ -17,7 +17,6 @@ from weights_compat.standard import stranger
 
 from .config import LoadError, check_readable
 
-
 PIECE = 2**28  # bytes of a file that is converted: so many are in memory beside the result
 
 

@@ -22,8 +22,8 @@ class MemorySwitches:
     _hooks: Handles = ()
 
     def optimize(self) -> None:
-        """Draws quicker from now on, on a CPU: layers take the ways of minidiff/layers.py, which cost memory (16/9 of the
-        weights of the convolutions) and differ in a pass by a few 1e-6 of its largest number (bfloat16: by 1 %).
+        """Draws quicker from now on, on a CPU: layers take the ways of minidiff/layers.py, which cost memory, 16/9 of
+        the convolutions' weights, and differ in a pass by a few 1e-6 of its largest number (bfloat16: by 1 %).
 
         Elsewhere nothing changes, and a warning says so.
         """
