@@ -101,7 +101,7 @@ def flags() -> Parser:
     parser.add_argument("--karras", action="store_true", help="space the noise levels as Karras et al. do")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best one here)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on cuda")
-    parser.add_argument("--optimize", action="store_true", help="quicker on a CPU, for more memory")
+    parser.add_argument("--optimize", action="store_true", default=None, help="quicker on a CPU, for more memory")
     parser.add_argument("--variant", help='of the weight files, such as "fp16"')
     checked = "with the model's safety checker, or without (default: with it, if there is one)"
     parser.add_argument("--safety", action=argparse.BooleanOptionalAction, help=checked)

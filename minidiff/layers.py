@@ -1,10 +1,10 @@
-"""torch's linear layers, convolutions and attention, and two ways past them where a picture is drawn on a CPU.
+"""torch's linear layers, convolutions and attention, and the ways past them where a picture is drawn on a CPU.
 
 Half precision, where the CPU has no products of it, goes by way of float32: torch imitates them, a hundred times as
 slowly.
 
-And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways: convolutions by Winograd's algorithm
-(winograd.py), 0.35 to 0.7 of the time. On CPUs with vectors of 512 bits float32's products are oneDNN's: torch takes
+And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways: large convolutions by Winograd's algorithm
+(winograd.py), in 0.35 to 0.9 of the time. On CPUs with vectors of 512 bits float32's products are oneDNN's: torch takes
 MKL, which uses half of such a vector on one that isn't Intel's (a core of a Zen 5 reaches 105 GFLOP/s by it, 245 by
 oneDNN), and attention is made of products, a few hundred queries at a time, in 0.7 to 0.9 of its time. (On a Zen 3,
 whose vectors have 256 bits, it would take 1.7.) Sums run in another order then: a pass of Stable Diffusion 1.5 differs
@@ -27,7 +27,7 @@ WIDE = ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
 LARGE = 2**14  # numbers in an input, from which on the call of oneDNN, 12 microseconds, is repaid
 QUERIES = 512  # that look at all keys at once: their weights stay in the cache
 KEYS = 128  # from which on attention in parts is quicker
-CHANNELS = 128 if WIDE else 256  # in and out of a convolution, from which on Winograd's is quicker
+CHANNELS, PRODUCTS = 256, 2**26  # in and out of a convolution, and of all its channels and places: from there on too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the quicker ways are for
 
 # What the CPU has no products of
@@ -63,8 +63,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """That of the products of numbers of `dtype` on this CPU."""
-    return torch.float32 if dtype in SLOW else dtype
+    """That of the quicker ways' products. (float16 is too narrow for what Winograd adds up.)"""
+    return torch.bfloat16 if dtype == torch.bfloat16 and dtype not in SLOW else torch.float32
 
 
 def through_float32(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,27 +89,34 @@ class Linear(Prepared, nn.Linear):
 
 
 class Conv2d(Prepared, nn.Conv2d):
-    kernels: tuple[Any, Tensor] | None = None  # which weight, and what winograd.py makes of it
+    kernels: tuple[Any, Tensor, Tensor] | None = None  # which weight, the weight, and what winograd.py makes of it
 
     def forward(self, x: Tensor) -> Tensor:
         W, b = self.weight, self.bias
-        if self.quick and drawing(DTYPES, x, W, b) and x.ndim == 4:
+        if self.quick and self._large(x) and drawing(DTYPES, x, W, b):
             K = self._kernels()
             b = None if b is None else b.to(K.dtype)
             return winograd.convolve(x.to(K.dtype), K, b, product if WIDE else F.linear).to(x.dtype)
         return through_float32(self._conv_forward, x, W, b)
+
+    def _large(self, x: Tensor) -> bool:
+        """Whether the way by Winograd is quicker. Wrong inputs go torch's way, which says what is wrong."""
+        W = self.weight
+        fits = x.ndim == 4 and x.shape[1] == W.shape[1] and x.dtype == W.dtype and not W.is_inference()
+        return fits and x.numel() * W.shape[0] >= PRODUCTS
 
     def prepare(self) -> None:
         shape = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
         self.quick = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and min(self.weight.shape[:2]) >= CHANNELS
 
     def _kernels(self) -> Tensor:
-        """Made anew where the weight was exchanged, or changed in place (but through `.data`)."""
-        W = self.weight
-        of = W.data_ptr(), 0 if W.is_inference() else W._version
+        """Made anew where the weight was exchanged, or changed in place (but through `.data`). The old one is kept: its
+        address can't come back as a new one's."""
+        W = self.weight.detach()
+        of = W.data_ptr(), W._version
         if self.kernels is None or self.kernels[0] != of:
-            self.kernels = of, winograd.transform(W.detach().to(computed_in(W.dtype)))
-        return self.kernels[1]
+            self.kernels = of, W, winograd.transform(W.to(computed_in(W.dtype)))
+        return self.kernels[2]
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy, or a pickle
         return {**vars(self), "kernels": None}

@@ -119,6 +119,10 @@ def test_sweep_states_and_draws_the_powers(tiny_sd_folder, tmp_path, capsys):
     assert Image.open(tmp_path / "powers.png").size[0] > 1000
 
 
+def test_sweep_of_a_pipeline_without_words(tiny_ddpm_folder, tmp_path):
+    assert bench.main([str(tiny_ddpm_folder), "--sweep", str(tmp_path / "powers.png")]) == 0
+
+
 @given(st.floats(0.1, 3), st.floats(1e-3, 1e3))
 def test_the_power_is_the_exact_one(p, c):
     assert exponent([(x, c * x**p) for x in (1, 2, 4, 8)]) == pytest.approx(p)

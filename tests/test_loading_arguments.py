@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 from fake_hub import REPOSITORY
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_loading import hub as hub  # fixtures
 from test_loading import sd_folder as sd_folder
 
 import minidiff as m
+from minidiff import LoadError
+from minidiff.loading import tensors
 from minidiff.loading.arguments import DOWNLOADS, LOADING, SAVING, one_device
 from weights_compat import TABLES
 
@@ -202,6 +205,41 @@ def test_shards_are_those_of_the_reference(size, variant, tiny_sd_folder, tmp_pa
             for key, tensor in getattr(pipe, name).state_dict().items():
                 assert torch.equal(getattr(again, name).state_dict()[key], tensor)
     assert max(file.stat().st_size for file in (tmp_path / "ours/unet").iterdir()) < 30_000
+
+
+@pytest.mark.parametrize("size", ["20KB", "10GB"])
+def test_files_that_are_converted_are_read_in_pieces(size, tiny_sd_folder, tmp_path, monkeypatch):
+    """A piece may end after any tensor; one that stays as it is doesn't count."""
+    unet = m.UNet2DConditionModel.from_pretrained(tiny_sd_folder / "unet")
+    unet.save_pretrained(tmp_path / "unet", max_shard_size=size)
+    opened = []
+    monkeypatch.setattr(tensors, "safe_open", lambda *a, **k: opened.append(1) or safe_open(*a, **k))
+    for piece in (1, 1000, 10_000, 2**28):
+        monkeypatch.setattr(tensors, "PIECE", piece)
+        opened.clear()
+        half = m.UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16)
+        shards, weights = len(list((tmp_path / "unet").glob("*.safetensors"))), unet.state_dict()
+        assert len(opened) == (len(weights) if piece == 1 else shards) or 1 < piece < 2**28
+        assert all(torch.equal(half.state_dict()[name], w.bfloat16()) for name, w in weights.items())
+        opened.clear()
+        m.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+        assert len(opened) == shards
+
+
+def test_a_file_that_is_replaced_between_two_pieces(tiny_sd_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "unet"
+    shutil.copytree(tiny_sd_folder / "unet", folder)
+    monkeypatch.setattr(tensors, "PIECE", 1)
+
+    def replaced_after(*arguments, **keywords):
+        file = safe_open(*arguments, **keywords)
+        shutil.copy(arguments[0], tmp_path / "new")
+        (tmp_path / "new").replace(arguments[0])
+        return file
+
+    monkeypatch.setattr(tensors, "safe_open", replaced_after)
+    with pytest.raises(LoadError, match="was replaced while it was read: load again"):
+        m.UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
 
 
 def test_shards_and_whole_files_and_variants_end_each_other(tiny_sd_folder, tmp_path):

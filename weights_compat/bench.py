@@ -54,7 +54,7 @@ class Watch:
 
     def memory(self, name: str, call: Callable[[], Any], loads: bool = False) -> dict[str, int]:
         """A row, in MB: the most memory at once beyond what is there afterwards, weights mostly; with `loads` beyond
-        what was there before. None where the system doesn't tell."""
+        what was there before. No row where the system doesn't tell."""
         if not self.on_cpu and hasattr(self.device, "reset_peak_memory_stats"):
             self.device.reset_peak_memory_stats()
             before = self.device.memory_allocated()
@@ -183,9 +183,8 @@ def main(arguments: list[str] | None = None) -> int:
     turns: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for side in tqdm(list(SIDES) * args.turns, "turns"):
         turns[side].append(turn(side, options))
-    print(
-        f"{args.name}, {args.device}, {args.dtype}, {args.steps} steps, {torch.get_num_threads()} threads, medians:\n"
-    )
+    how = f"{args.name}, {args.device}, {args.dtype}, {args.steps} steps, {torch.get_num_threads()} threads"
+    print(f"{how}{', optimize()' if args.optimize else ''}, medians of {args.turns}:\n")
     print(f"| {'seconds, or MB':<30} | {'reference':>9} | {'minidiff':>9} | ratio |")
     print(f"| {'-' * 30} | {'-' * 8}: | {'-' * 8}: | ----: |")
     for name in turns["minidiff"][0]:

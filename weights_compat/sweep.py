@@ -27,8 +27,8 @@ def sweep(pipe: Any, inputs: Inputs, seconds: Callable[[Callable[[], Any]], floa
         return seconds(lambda: pipe.unet(x, t, **conditions(c, inputs, B)))
 
     def call(steps: int) -> float:
-        options = call_arguments(pipe, inputs._replace(steps=steps)) | {"output_type": "latent"}
-        return seconds(lambda: pipe(**options))
+        options = call_arguments(pipe, inputs._replace(steps=steps))
+        return seconds(lambda: pipe(**options | ({"output_type": "latent"} if hasattr(pipe, "vae") else {})))
 
     lengths = [max(1, round(side * factor / multiple)) * multiple for factor in SIDES]
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """One file of tensors: read, written, and the form that a tensor has there and here."""
 
+import os
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,14 @@ from weights_compat.standard import stranger
 
 from .config import LoadError, check_readable
 
-PIECE = 2**28  # bytes of a file that is converted: so many are in memory beside the result
+PIECE = 2**28  # bytes of a file that is converted: about so many are in memory beside the result
 
 
 def read_tensors(file: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a file, mapped into memory. Raises LoadError, with the file's name.
 
-    Where they will be converted to `dtype`, the file is mapped anew after each PIECE: what was read goes from memory.
+    Where they will be converted to `dtype`, the file is mapped anew after each PIECE: what was read before goes from
+    memory, as far as none of it is kept as it is.
     """
     check_readable(file)
     return _read_safetensors(file, dtype) if file.suffix == ".safetensors" else _read_pickle(file)
@@ -39,9 +41,11 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _read_safetensors(file: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    names = None
+    names, before = None, file.stat()
     while names is None or names:
         with _opened(file) as tensors:
+            if not os.path.samestat(before, file.stat()):
+                raise LoadError(f"{file}: was replaced while it was read: load again")
             names, converted = tensors.keys() if names is None else names, 0
             while names and converted < PIECE:
                 name, *names = names

@@ -22,14 +22,16 @@ class MemorySwitches:
     _hooks: Handles = ()
 
     def optimize(self) -> None:
-        """Draws quicker from now on, on a CPU: layers take the ways of minidiff/layers.py, which cost memory, 16/9 of
-        the convolutions' weights, and differ in a pass by a few 1e-6 of its largest number (bfloat16: by 1 %).
+        """Draws quicker from now on, on a CPU, if the networks are large: layers take the ways of minidiff/layers.py.
+        They cost memory, 16/9 of the weights of large convolutions (twice as much in half precision that the CPU can't
+        multiply), and other roundings: see there.
 
         Elsewhere nothing changes, and a warning says so.
         """
-        if self.device.type != "cpu":
+        device = self._offload_device or self.device
+        if device.type != "cpu":
             serves = "torch.compile(pipe.unet) may serve"
-            warnings.warn(f"optimize() has no effect on {self.device}, but on a CPU: {serves}", stacklevel=2)
+            warnings.warn(f"optimize() has no effect on {device}, but on a CPU: {serves}", stacklevel=2)
         for model in self._models():
             layers.prepare(model)
 
