@@ -47,7 +47,9 @@ def draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     palette = torch.tensor(list(sprites.COLOURS.values())) / 255
     one, other = palette[torch.randint(len(palette), (2, n), generator=generator)]
-    return torch.randint(len(drawings()), (n,), generator=generator), one.lerp(other, torch.rand(n, 1, generator=generator))
+    return torch.randint(len(drawings()), (n,), generator=generator), one.lerp(
+        other, torch.rand(n, 1, generator=generator)
+    )
 
 
 def trained() -> tuple[Tensor, Tensor]:
@@ -71,12 +73,22 @@ def nearest(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The third result is true where a picture surely shows that thing: where the distance is less than half of that from
     the nearest render to any of another thing, so that the picture can't lie nearer to one of those.
     """
-    per_thing = len(drawings()) // len(THINGS)
-    found = []
+    thing, found = torch.unravel_index(torch.arange(len(drawings())), SHAPE)[0], []
     for some in pictures.split(16):
         distances, colours = apart(some)
         distance, number = distances.min(dim=1)
         there = render(number, colours[torch.arange(len(some)), number])
-        other = torch.arange(len(drawings())) // per_thing != (number // per_thing)[:, None]
-        found.append((number, distance, distance < apart(there)[0].where(other, torch.inf).min(dim=1).values / 2))
+        to_others = apart(there)[0].where(thing != thing[number][:, None], torch.inf).min(dim=1).values
+        found.append((number, distance, distance < to_others / 2))
     return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def copied(pictures: Tensor, number: Tensor) -> float:
+    """The share of (B, 3, 32, 32) that lies nearer to a picture that was trained on than to any of as many others, of
+    the same drawings, (B,). What is as near to both, on one of the ten colours, counts half."""
+    pools, share = [trained(), draw(POOL, seed=1)], 0.0
+    for picture, n in zip(pictures, number, strict=True):
+        every = (render(numbers[numbers == n], colours[numbers == n]) for numbers, colours in pools)
+        seen, unseen = ((some - picture).square().mean(dim=(1, 2, 3)).min().item() for some in every)
+        share += ((seen < unseen) + (seen <= unseen)) / 2
+    return share / len(pictures)
