@@ -23,7 +23,7 @@ NO_ARTICLE = {  # plurals and what can't be counted
     *("grapes", "cherries", "broccoli", "corn", "bread", "cheese", "bacon", "french fries", "pizza", "sushi"),
     *("ice cream", "popcorn", "coffee", "beer", "scissors", "glasses", "fire"),
 }
-CELL, COLUMNS = 64, 16
+CELL = 64  # pixels; 16 cells a row
 
 
 def grid(pictures: torch.Tensor, columns: int = 8) -> Image.Image:

@@ -389,8 +389,8 @@ def train_unet(vae: AutoencoderKL, data: Data, steps: int, batch: int, folder: P
 def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     """The pictures themselves, at 32x32 and without words. The model says x0, not the noise.
 
-    Each picture is one of few, noise is anything: a network this thin learns the one in a fraction of the time that it
-    takes for the other (Li and He 2025, arXiv:2511.13720).
+    Drawings are few and colours have three numbers, noise is anything: a network this thin learns the one in a fraction
+    of the time that it takes for the other (Li and He 2025, arXiv:2511.13720).
 
     And what is asked of the network at its end is asked of it on the way too, each time through one layer that is
     thrown away afterwards. The middle and the levels of the way up sketch the picture (deep supervision, Lee et al.
@@ -425,7 +425,7 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
         index = torch.randint(small.POOL, (batch,))
         x0 = 2 * small.render(numbers[index], colours[index]) - 1
         # Logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1): most draws where noise hides the picture from
-        # the eye, and yet only one is possible
+        # the eye, and yet only one drawing is possible
         normal = torch.special.ndtri((torch.arange(batch) + torch.rand(batch)) / batch)  # one from each equal share
         t = (1000 * torch.sigmoid(0.4 + 1.2 * normal)).long().clamp(max=999)
         noisy, alpha_bar = scheduler.add_noise(x0, torch.randn_like(x0), t), scheduler.alphas_cumprod[t]
@@ -505,7 +505,7 @@ def main() -> None:
         return
     data = Folder(options.pictures) if options.pictures else Emoji()
     runs = options.runs / (out.name if options.pictures else options.model)
-    steps = options.steps or ((800, 200, 800) if options.pictures else (4500, 900, 8500))
+    steps = options.steps or ((500, 150, 450) if options.pictures else (4500, 900, 8500))
     batch = options.batch or (16, 16, 64)
     vae = train_vae(data, steps[0], batch[0], Path(f"{runs}-vae"))
     train_decoder(vae, data, steps[1], batch[1], Path(f"{runs}-decoder"))
