@@ -240,9 +240,7 @@ def evaluate_ddpm(folder: Path, images: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", choices=["tiny-emoji", "tiny-ddpm"], help="default: both")
-    parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="judge an Nth of tiny-emoji's pictures (default: all)"
-    )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="judge an Nth of tiny-emoji's (default: all)")
     parser.add_argument("--bundled", type=Path, default=BUNDLED, help="the folder that holds the models")
     parser.add_argument(
         "--images", type=Path, default=Path(__file__).parent / "images", help="where the sample grids go"

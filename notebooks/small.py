@@ -68,8 +68,8 @@ def apart(pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of float (B, 3, 32, 32) in [0, 1]: the number of the nearest drawing, its distance, and whether the picture surely
-    shows its thing, (B,) each.
+    """Of float (B, 3, 32, 32) in [0, 1]: the nearest drawing's number, its distance, and whether the picture surely shows
+    its thing, (B,) each.
 
     It does where the distance is less than half of that from the nearest render to any of another thing, so that the
     picture can't lie nearer to one of those.
@@ -85,8 +85,8 @@ def nearest(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def copied(pictures: Tensor, number: Tensor) -> float:
-    """The share of (B, 3, 32, 32) that lies nearer to a picture of its drawing, (B,), that was trained on than to any of
-    the others, as many in all. What is as near to both, on one of the ten colours, counts half."""
+    """The share of (B, 3, 32, 32) that lies nearer to a picture of its drawing, (B,), that was trained on than to any
+    other, of which there are as many in all. What is as near to both, on one of the ten colours, counts half."""
     pools, share = [trained(), draw(POOL, seed=1)], 0.0
     for picture, n in zip(pictures, number, strict=True):
         every = (render(numbers[numbers == n], colours[numbers == n]) for numbers, colours in pools)
