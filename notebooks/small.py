@@ -68,8 +68,8 @@ def apart(pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of float (B, 3, 32, 32) in [0, 1]: the nearest drawing's number, its distance, and whether the picture surely shows
-    its thing, (B,) each.
+    """Of float (B, 3, 32, 32) in [0, 1]: the nearest drawing's number, its distance, and whether the picture surely
+    shows its thing, (B,) each.
 
     It does where the distance is less than half of that from the nearest render to any of another thing, so that the
     picture can't lie nearer to one of those.
