@@ -1,7 +1,7 @@
 """Says how good the models in the box are, and fails (exit status 1) where they are worse than promised.
 
 tiny-emoji's pictures are read by a network that was trained on renders apart (judge.py). tiny-ddpm's are compared to
-all of its renders.
+all of its drawings (small.py).
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 import judge
 import matplotlib.pyplot as plt
 import scenes
+import small
 import sprites
 import torch
 from PIL import Image
@@ -34,26 +35,13 @@ UNSEEN = {
     "pair": "things never seen together",
 }
 OPEN = ["a fox", "a large guitar on a blue background"]  # prompts that leave the style open
-FARTHEST = 0.04  # tiny-ddpm's pictures from their nearest renders, on average
-LEAST_SURE, FEWEST = 0.9, 32  # the share that is surely an emoji; different ones among 64
+LEAST_SURE, FEWEST = 0.85, 14  # of tiny-ddpm: the share that surely shows a thing; different ones of the 16
+MOST_COPIES = 0.6  # that lie nearer to a picture that was trained on than to any of as many others
 
 
 def distances(pictures: Tensor, renders: Tensor) -> Tensor:
     """The root mean square difference of each of (B, 3, H, W) to each of (N, 3, H, W): (B, N)."""
     return torch.cdist(pictures.flatten(1), renders.flatten(1)) / renders[0].numel() ** 0.5
-
-
-def nearest(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of float (B, 3, H, W) in [0, 1], among renders of one emoji: the nearest one's index, and its distance, (B,).
-
-    The third result is true where a picture is surely that emoji: where the distance is less than half of that from
-    the nearest render to any of another emoji, so that the picture can't lie nearer to one of those.
-    """
-    renders = sprites.renders(pictures.shape[-1]).flatten(0, 1) / 255
-    distance, index = distances(pictures, renders).min(dim=1)
-    from_there = distances(renders[index], renders)
-    other = torch.arange(len(renders)) // 10 != (index // 10)[:, None]
-    return index, distance, distance < from_there.where(other, torch.inf).min(dim=1).values / 2
 
 
 def psnr(pipe: StableDiffusionPipeline, x: Tensor) -> float:
@@ -224,30 +212,35 @@ def evaluate_emoji(folder: Path, images: Path, every: int) -> bool:
 
 
 def evaluate_ddpm(folder: Path, images: Path) -> bool:
+    """What is drawn, in which styles, and whether it is copied: a model that copies is nearer to what it was trained on
+    than to as many pictures that it never saw; one that has learned what may be drawn is as near to either."""
     good = True
     ddpm = DDPMPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     ddim = DDIMPipeline(ddpm.unet, DDIMScheduler.from_config(ddpm.scheduler.config))
-    for words, pipe, steps in (("DDIM", ddim, 50), ("DDPM", ddpm, 1000)):
+    for words, pipe, n, steps in (("DDIM", ddim, 256, 50), ("DDPM", ddpm, 64, 1000)):
         generator = torch.Generator().manual_seed(0)
-        pictures = pipe(batch_size=64, num_inference_steps=steps, generator=generator, output_type="pt").images
-        index, distance, sure = nearest(pictures)
-        print(
-            f"{words}, {steps} steps: the nearest render is {distance.mean():.3f} away (root mean square, of 0..1)"
-            f" on average, {distance.median():.3f} in the median; {sure.sum()} of 64 pictures are surely that emoji;"
-            f" {len(index.unique())} different ones"
-        )
-        if words == "DDIM":
-            twice = pictures.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # easier to look at
-            sprites.grid(twice).quantize().save(images / "tiny_ddpm_samples.png")
-        good &= distance.mean().item() <= FARTHEST and len(index.unique()) >= FEWEST
+        pictures = pipe(batch_size=n, num_inference_steps=steps, generator=generator, output_type="pt").images
+        number, distance, sure = small.nearest(pictures)
+        thing, style, place = torch.unravel_index(number, small.SHAPE)
+        styles = dict(zip(scenes.STYLES, (style.bincount(minlength=4) / n).tolist(), strict=True))
+        things, places = len(thing.unique()), len(place.unique())
+        copied = small.copied(pictures, number)
+        print(f"{words}, {steps} steps: {sure.float().mean():.1%} of {n} pictures surely show a thing")
+        print(f"  the nearest drawing is {distance.median():.3f} away (root mean square, of 0..1), in the median")
+        print(f"  {things} things, {places} places; {percent(styles)}")
+        print(f"  nearer to a picture that was trained on: {copied:.1%}; by chance: 50.0%", flush=True)
         good &= sure.float().mean().item() >= LEAST_SURE
+        if words == "DDIM":
+            good &= things >= FEWEST and min(styles.values()) >= LEAST_EACH_STYLE and copied <= MOST_COPIES
+            twice = pictures[:64].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # easier to look at
+            sprites.grid(twice).quantize().save(images / "tiny_ddpm_samples.png")
     return good
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", choices=["tiny-emoji", "tiny-ddpm"], help="default: both")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="judge an Nth of the pictures (default: all)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="judge an Nth of tiny-emoji's (default: all)")
     parser.add_argument("--bundled", type=Path, default=BUNDLED, help="the folder that holds the models")
     parser.add_argument(
         "--images", type=Path, default=Path(__file__).parent / "images", help="where the sample grids go"

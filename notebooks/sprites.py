@@ -1,12 +1,7 @@
-"""The data of tiny-ddpm: 160 emoji on 10 background colours; scenes.py has tiny-emoji's, with the same colours.
+"""What the sheets of emoji in data/ hold, and the colours that pictures are put on."""
 
-Of each emoji one colour of the ten is never trained on.
-"""
-
-import functools
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -28,29 +23,7 @@ NO_ARTICLE = {  # plurals and what can't be counted
     *("grapes", "cherries", "broccoli", "corn", "bread", "cheese", "bacon", "french fries", "pizza", "sushi"),
     *("ice cream", "popcorn", "coffee", "beer", "scissors", "glasses", "fire"),
 }
-CELL, COLUMNS = 64, 16
-
-
-@functools.cache
-def renders(size: int = 64) -> torch.Tensor:
-    """Every emoji on every colour: uint8 (160, 10, 3, size, size)."""
-    sheet = Image.open(FOLDER / "sprites.png")
-    pictures = []
-    for index in range(len(NAMES)):
-        left, top = index % COLUMNS * CELL, index // COLUMNS * CELL
-        sprite = sheet.crop((left, top, left + CELL, top + CELL))
-        for colour in COLOURS.values():
-            picture = Image.new("RGBA", sprite.size, colour)
-            picture.alpha_composite(sprite)
-            pictures.append(np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BOX)))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).unflatten(0, (len(NAMES), len(COLOURS)))
-
-
-def held_out() -> torch.Tensor:
-    """bool (160, 10): the pairs that are never trained on. One colour of each emoji, each colour 16 times."""
-    generator = np.random.default_rng(0)
-    colours = np.concatenate([generator.permutation(len(COLOURS)) for _ in range(len(NAMES) // len(COLOURS))])
-    return torch.nn.functional.one_hot(torch.from_numpy(colours), len(COLOURS)).bool()
+CELL = 64  # pixels; 16 cells a row
 
 
 def grid(pictures: torch.Tensor, columns: int = 8) -> Image.Image:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import scenes
+import small
 import sprites
 import torch
 import torch.nn.functional as F
@@ -385,26 +386,15 @@ def train_unet(vae: AutoencoderKL, data: Data, steps: int, batch: int, folder: P
     return pipe
 
 
-def posterior(noisy: Tensor, alpha_bar: Tensor, pictures: Tensor) -> Tensor:
-    """p(x0 | x_t), as (B, N), of each of `pictures` (N, 3, H, W) behind `noisy` (B, 3, H, W), at `alpha_bar` (B,).
-
-    Bayes' rule: in proportion to exp(-|x_t - c x0|^2 / 2 s^2), with c^2 = alpha_bar and s^2 = 1 - alpha_bar.
-    """
-    c, x, x0 = alpha_bar[:, None] ** 0.5, noisy.flatten(1), pictures.flatten(1)
-    return ((c * x @ x0.T - c**2 * x0.square().sum(dim=1) / 2) / (1 - c**2)).softmax(dim=1)
-
-
 def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     """The pictures themselves, at 32x32 and without words. The model says x0, not the noise.
 
-    Each picture is one of few, noise is anything: a network this thin learns the one in a fraction of the time that it
-    takes for the other (Li and He 2025, arXiv:2511.13720). Since all pictures are known, so is the best guess, their
-    mean given x_t: asked for that, the model ends where it would anyhow, without the noise of each draw (Xu et al.
-    2023, arXiv:2302.00670).
+    Drawings are few and colours have three numbers, noise is anything: a network this thin learns the one in a fraction
+    of the time that it takes for the other (Li and He 2025, arXiv:2511.13720).
 
     And what is asked of the network at its end is asked of it on the way too, each time through one layer that is
     thrown away afterwards. The middle and the levels of the way up sketch the picture (deep supervision, Lee et al.
-    2014, arXiv:1409.5185), and the middle names the emoji and the colour (after Yu et al. 2024, arXiv:2410.06940).
+    2014, arXiv:1409.5185), and the middle names the thing and its style (after Yu et al. 2024, arXiv:2410.06940).
     """
     unet = UNet2DModel(
         sample_size=32,
@@ -422,11 +412,9 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     pipe = DDPMPipeline(unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    shown = ~sprites.held_out()
-    pictures = sprites.renders(32)[shown] / 127.5 - 1
-    names, colours = (F.one_hot(*of).float() for of in zip(shown.nonzero().T, shown.shape, strict=True))
-    labels = torch.cat([names, colours], dim=1)  # of each picture: 160 columns and 10
-    name = nn.Conv2d(128, labels.shape[1], kernel_size=1)
+    numbers, colours = small.trained()
+    asked = small.SHAPE[:2]  # 16 things and 4 styles
+    name = nn.Conv2d(128, sum(asked), kernel_size=1)
     stages = {unet.mid: 128, unet.up[0]: 128, unet.up[1]: 128, unet.up[2]: 64}  # channels at 4x4, 8x8, 16x16, 32x32
     blocks = [8, 4, 2, 1]  # the side of the block of pixels that one place stands for
     sketch = nn.ModuleList(nn.Conv2d(c, 3 * n * n, kernel_size=1) for c, n in zip(stages.values(), blocks, strict=True))
@@ -434,17 +422,16 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
     hooks = [stage.register_forward_hook(lambda stage, inputs, h: gave.update({stage: h})) for stage in stages]
 
     def loss() -> Tensor:
-        x0 = pictures[torch.randint(len(pictures), (batch,))]
+        index = torch.randint(small.POOL, (batch,))
+        x0 = 2 * small.render(numbers[index], colours[index]) - 1
         # Logit-normal (Esser et al. 2024, arXiv:2403.03206, section 3.1): most draws where noise hides the picture from
-        # the eye, and yet only one is possible
+        # the eye, and yet only one drawing is possible
         normal = torch.special.ndtri((torch.arange(batch) + torch.rand(batch)) / batch)  # one from each equal share
         t = (1000 * torch.sigmoid(0.4 + 1.2 * normal)).long().clamp(max=999)
         noisy, alpha_bar = scheduler.add_noise(x0, torch.randn_like(x0), t), scheduler.alphas_cumprod[t]
-        weights = posterior(noisy, alpha_bar, pictures)
-        wanted = (weights @ pictures.flatten(1)).view_as(noisy)
 
         def error(picture: Tensor) -> Tensor:  # x0's over 1 - alpha_bar is v's; without end where there is no noise
-            return ((picture - wanted).square().mean(dim=(1, 2, 3)) / (1 - alpha_bar).clamp(min=0.1)).mean()
+            return ((picture - x0).square().mean(dim=(1, 2, 3)) / (1 - alpha_bar).clamp(min=0.1)).mean()
 
         with FASTER:
             predicted = unet(noisy, t).sample.float()
@@ -452,8 +439,9 @@ def train_ddpm(steps: int, batch: int, folder: Path) -> DDPMPipeline:
             F.pixel_shuffle(layer(gave[stage].float()), n)  # (B, 3 n^2, 32 / n, 32 / n) -> (B, 3, 32, 32)
             for stage, layer, n in zip(stages, sketch, blocks, strict=True)
         ]
-        scores = name(gave[unet.mid].float()).split(shown.shape, dim=1)  # (B, 160, 4, 4), (B, 10, 4, 4)
-        named = (weights @ labels)[:, :, None, None].expand(-1, -1, *scores[0].shape[2:]).split(shown.shape, dim=1)
+        thing, style, _ = torch.unravel_index(numbers[index], small.SHAPE)
+        scores = name(gave[unet.mid].float()).split(asked, dim=1)  # (B, 16, 4, 4), (B, 4, 4, 4)
+        named = [label[:, None, None].expand(-1, *scores[0].shape[2:]) for label in (thing, style)]
         return error(predicted) + 0.3 * sum(map(error, sketches)) + 0.02 * sum(map(F.cross_entropy, scores, named))
 
     def show() -> Tensor:
@@ -512,12 +500,12 @@ def main() -> None:
     torch.manual_seed(0)
     out = options.out or BUNDLED / options.model
     if options.model == "tiny-ddpm":
-        (steps,), (batch,) = options.steps or (10_000,), options.batch or (32,)
+        (steps,), (batch,) = options.steps or (7_500,), options.batch or (16,)
         save(train_ddpm(steps, batch, options.runs / "tiny-ddpm"), out)
         return
     data = Folder(options.pictures) if options.pictures else Emoji()
     runs = options.runs / (out.name if options.pictures else options.model)
-    steps = options.steps or ((800, 200, 800) if options.pictures else (4500, 900, 8500))
+    steps = options.steps or ((500, 150, 450) if options.pictures else (4500, 900, 8500))
     batch = options.batch or (16, 16, 64)
     vae = train_vae(data, steps[0], batch[0], Path(f"{runs}-vae"))
     train_decoder(vae, data, steps[1], batch[1], Path(f"{runs}-decoder"))

@@ -1,7 +1,8 @@
-"""Renders the 160 emoji of make_sprites.py in four styles: flat.png, glossy.png, detailed.png and inked.png.
+"""Renders the emoji of EMOJI in four styles, flat.png, glossy.png, detailed.png and inked.png, and names.txt.
 
-Each is a sheet like sprites.png, in 256 colours: 16 cells a row, 64x64 each, in the order of names.txt. Run once; the
-sheets are committed, so nobody needs the network to train or to evaluate. To make them again, in an empty folder:
+Each is a sheet in 256 colours: 16 cells a row, 64x64 each, in the order of names.txt. The names are Unicode CLDR short
+names, the long ones shortened ("hot beverage" is a coffee). Run once; the sheets are committed, so nobody needs the
+network to train or to evaluate. To make them again, in an empty folder:
 
     npm pack @iconify-json/twemoji@1.2.5 @iconify-json/fluent-emoji@1.2.7 @iconify-json/noto@1.2.9 \
         @iconify-json/fluent-emoji-high-contrast@1.2.6 @iconify-json/fluent-emoji-flat@1.2.6
@@ -20,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
-from make_sprites import COLUMNS, EMOJI, SIZE
 from PIL import Image, ImageFilter
 from scipy.ndimage import binary_fill_holes
 
+SIZE, COLUMNS = 64, 16
 INK = 58  # the longer side of each picture inside its cell
 PACKAGES = {
     "flat": "twemoji",
@@ -31,6 +32,27 @@ PACKAGES = {
     "detailed": "noto",
     "inked": "fluent-emoji-high-contrast",
 }
+
+EMOJI = """
+🦊 fox · 🐻 bear · 🐼 panda · 🐨 koala · 🦁 lion · 🐸 frog · 🐵 monkey · 🐔 chicken · 🐧 penguin · 🦉 owl · 🦇 bat
+🐺 wolf · 🦄 unicorn · 🐝 bee · 🦋 butterfly · 🐌 snail · 🐞 ladybug · 🕷 spider · 🦂 scorpion · 🐢 turtle · 🐍 snake
+🦖 dinosaur · 🐙 octopus · 🦑 squid · 🦐 shrimp · 🦀 crab · 🐠 tropical fish · 🐬 dolphin · 🐳 whale · 🦈 shark
+🐊 crocodile · 🐅 tiger · 🦓 zebra · 🦍 gorilla · 🐘 elephant · 🐪 camel · 🦒 giraffe · 🐄 cow · 🐖 pig · 🐑 sheep
+🦌 deer · 🐕 dog · 🐈 cat · 🐰 rabbit · 🐭 mouse · 🦔 hedgehog · 🦆 duck · 🦅 eagle · 🐤 chick · 🦜 parrot
+🦩 flamingo · 🕊 dove · 🌵 cactus · 🎄 christmas tree · 🌴 palm tree · 🍄 mushroom · 🌹 rose · 🌻 sunflower
+🌷 tulip · 🍁 maple leaf · 🍎 red apple · 🍏 green apple · 🍐 pear · 🍊 tangerine · 🍋 lemon · 🍌 banana
+🍉 watermelon · 🍇 grapes · 🍓 strawberry · 🍒 cherries · 🍑 peach · 🍍 pineapple · 🥥 coconut · 🥝 kiwi · 🍅 tomato
+🍆 eggplant · 🥑 avocado · 🥦 broccoli · 🌽 corn · 🥕 carrot · 🥐 croissant · 🍞 bread · 🥨 pretzel · 🧀 cheese
+🍳 fried egg · 🥓 bacon · 🌭 hot dog · 🍔 hamburger · 🍟 french fries · 🍕 pizza · 🌮 taco · 🍣 sushi · 🍩 doughnut
+🍪 cookie · 🎂 birthday cake · 🧁 cupcake · 🍭 lollipop · 🍦 ice cream · 🍿 popcorn · ☕ coffee · 🍺 beer · 🚗 car
+🚌 bus · 🚒 fire engine · 🚜 tractor · 🚲 bicycle · 🚂 locomotive · ✈ airplane · 🚀 rocket · 🛸 flying saucer
+🚁 helicopter · ⛵ sailboat · ⚓ anchor · ⚽ soccer ball · 🏀 basketball · 🎸 guitar · 🎺 trumpet · 🎻 violin
+🥁 drum · 🎨 palette · 🎲 die · 🎁 gift · 🎈 balloon · 🔔 bell · 🔑 key · 🔒 padlock · 🔨 hammer · ✂ scissors
+💡 light bulb · 📷 camera · 📺 television · ☎ telephone · 💻 laptop · ⏰ alarm clock · ☂ umbrella · 👑 crown
+🎩 top hat · 👓 glasses · 👟 shoe · 👗 dress · 🎒 backpack · 💎 diamond · 🏆 trophy · 🔬 microscope · 🧸 teddy bear
+🎃 pumpkin · 👻 ghost · 💀 skull · 🤖 robot · 👽 alien · ⛄ snowman · 🔥 fire · 🌈 rainbow · ⭐ star · 🌙 moon · ☀ sun
+☁ cloud · ❤ heart · 🏠 house · ⛺ tent
+"""
 
 
 def read(folder: Path, package: str, name: str) -> dict:
@@ -67,7 +89,9 @@ def on_paper(cell: Image.Image) -> Image.Image:
 
 
 def main(packages: str) -> None:
-    characters = [entry.split(maxsplit=1)[0] for line in EMOJI.strip().splitlines() for entry in line.split(" · ")]
+    entries = [entry.split(maxsplit=1) for line in EMOJI.strip().splitlines() for entry in line.split(" · ")]
+    characters, emoji = zip(*entries, strict=True)
+    Path(__file__).with_name("names.txt").write_text("\n".join(emoji) + "\n")
     for style, package in PACKAGES.items():
         icons = read(Path(packages), package, "icons.json")
         # Fluent Emoji in colour lists no code points; its names are those of the flat package
