@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "weights_compat.verify": 5,
     "weights_compat.bench": 5,
+    "weights_compat.sweep": 5,
     "weights_compat.sides": 5,
     "weights_compat.stages": 5,
     "weights_compat.manifests": 5,
@@ -23,6 +24,7 @@ FLOORS = {
     "minidiff.checks": 0,
     "minidiff.outputs": 0,
     "minidiff.layers": 0,  # of networks, and lora's
+    "minidiff.winograd": 0,  # layers' own
     "minidiff.lora": 0,  # a name that readers type, of layers alone
     "minidiff.loading": 1,
     "minidiff.models": 2,
