@@ -370,8 +370,18 @@ def test_killed_at_random_moments(draw, arguments):
 
 def test_who_dies_loses_what_it_was_drawing_alone(draw, arguments):
     def die(rank):
-        if rank == 1:
-            minidiff.batch.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        write, drawn = minidiff.batch.write, Path("drawn")
+
+        def last(*given):  # the others wait, else the machine may give them all lines before this one begins
+            if rank == 1:
+                drawn.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            until = time.monotonic() + 60
+            while not drawn.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            return write(*given)
+
+        minidiff.batch.write = last
 
     assert codes(start(3, arguments("out"), before=die)) == [1, -signal.SIGKILL, 1]
     assert "error: another process died, and what it was drawing isn't there" in Path("err.txt").read_text()
