@@ -47,9 +47,8 @@ def draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     palette = torch.tensor(list(sprites.COLOURS.values())) / 255
     one, other = palette[torch.randint(len(palette), (2, n), generator=generator)]
-    return torch.randint(len(drawings()), (n,), generator=generator), one.lerp(
-        other, torch.rand(n, 1, generator=generator)
-    )
+    number = torch.randint(len(drawings()), (n,), generator=generator)
+    return number, one.lerp(other, torch.rand(n, 1, generator=generator))
 
 
 def trained() -> tuple[Tensor, Tensor]:
