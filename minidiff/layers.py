@@ -6,9 +6,12 @@ slowly.
 And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways: large convolutions by Winograd's algorithm
 (winograd.py), in 0.35 to 0.9 of the time. On CPUs with vectors of 512 bits float32's products are oneDNN's: torch takes
 MKL, which uses half of such a vector on one that isn't Intel's (a core of a Zen 5 reaches 105 GFLOP/s by it, 245 by
-oneDNN), and attention is made of products, a few hundred queries at a time, in 0.7 to 0.9 of its time. (On a Zen 3,
-whose vectors have 256 bits, it would take 1.7.) Sums run in another order then: a pass of Stable Diffusion 1.5 differs
-by a few 1e-6 of its largest number in float32. In bfloat16 it is off by 1.8 % (root mean square), and by 1.5 % without.
+oneDNN). And attention is made of products, a few hundred queries at a time, in 0.5 to 0.9 of its time. Not in float32
+on a Zen 4, which halves such vectors: it would take 1.2 there, and 1.7 on a Zen 3, whose vectors have 256 bits.
+
+Sums run in another order then: a pass of Stable Diffusion 1.5 differs by a few 1e-6 of its largest number in float32.
+In bfloat16 it is off by 1.8 % (root mean square), and by 1.5 % without; attention, whose scores are rounded too, errs
+by 1 to 2.6 times what it did, which makes 1 to 3 % of the error of a whole network.
 """
 
 import itertools
@@ -29,6 +32,10 @@ QUERIES = 512  # that look at all keys at once: their weights stay in the cache
 KEYS = 128  # from which on attention in parts is quicker
 CHANNELS, PRODUCTS = 256, 2**26  # in and out of a convolution, and of all its channels and places: from there on too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the quicker ways are for
+
+# That attention in parts is for. AMD's CPUs that don't halve vectors of 512 bits are known by AVX-VNNI
+WHOLE = WIDE and getattr(torch.cpu, "get_capabilities", dict)().get("avx_vnni", False)
+PARTS = DTYPES if WHOLE else DTYPES[1:]
 
 # What the CPU has no products of
 SLOW = {
@@ -136,7 +143,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
     `mask`, which must broadcast to (B, heads, L, S), is true where a query may look. `quick`: see `prepare`.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L, C / heads)
-    if quick and mask is None and k.shape[-2] >= KEYS and drawing(DTYPES, q, k, v):
+    if quick and mask is None and k.shape[-2] >= KEYS and drawing(PARTS, q, k, v):
         y = in_parts(q, k, v)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -23,7 +23,7 @@ def before(d: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def after(m: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A^T m."""
-    return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
+    return (m[0] + m[1]).add_(m[2]), (m[1] - m[2]).sub_(m[3])
 
 
 def transform(weight: Tensor) -> Tensor:
