@@ -110,7 +110,8 @@ class ResnetBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h if t is None else h + t)
-        h = self.skip(x) + self.conv2(self.dropout(F.silu(h, inplace=True)))
+        h = self.conv2(self.dropout(F.silu(h, inplace=True)))
+        h = self.skip(x) + h
         return h if self.scale == 1 else h / self.scale
 
 

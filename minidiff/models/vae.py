@@ -35,9 +35,10 @@ def call(level: nn.Module, x: Tensor) -> Tensor:
 
 
 class Level(nn.Module):
-    """Residual blocks, then half or twice the size where the level has a `resample`."""
+    """Residual blocks. `resample`, to half or twice the size, is called after the level: its input, which the caller
+    holds, is let go by then."""
 
-    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, resample: nn.Module | None):
+    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, resample: nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(c_out if i else c_in, c_out, groups, EPS) for i in range(depth))
         self.resample = resample
@@ -45,7 +46,7 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
             x = resnet(x)
-        return x if self.resample is None else self.resample(x)
+        return x
 
 
 def middle(channels: int, groups: int, with_attention: bool) -> MidBlock:
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
         self.conv_in = Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            down = Downsample(width, padding=0) if i < len(widths) - 1 else None
+            down = Downsample(width, padding=0) if i < len(widths) - 1 else nn.Identity()
             self.down.append(Level(widths[max(i - 1, 0)], width, c.layers_per_block, groups, down))
         self.mid = middle(widths[-1], groups, c.mid_block_add_attention)
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
@@ -72,6 +73,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = through(level, x)
+            x = level.resample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
@@ -85,7 +87,7 @@ class Decoder(nn.Module):
         self.mid = middle(widths[0], groups, c.mid_block_add_attention)
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            up = Upsample(width) if i < len(widths) - 1 else None
+            up = Upsample(width) if i < len(widths) - 1 else nn.Identity()
             self.up.append(Level(widths[max(i - 1, 0)], width, c.layers_per_block + 1, groups, up))
         self.norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = Conv2d(widths[-1], c.out_channels, 3, padding=1)
@@ -94,6 +96,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in self.up:
             x = through(level, x)
+            x = level.resample(x)
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
