@@ -4,10 +4,11 @@ Half precision, where the CPU has no products of it, goes by way of float32: tor
 slowly.
 
 And `prepare(network)`, which is `pipe.optimize()`, takes quicker ways: large convolutions by Winograd's algorithm
-(winograd.py), in 0.35 to 0.9 of the time. On CPUs with vectors of 512 bits float32's products are oneDNN's: torch takes
-MKL, which uses half of such a vector on one that isn't Intel's (a core of a Zen 5 reaches 105 GFLOP/s by it, 245 by
-oneDNN). And attention is made of products, a few hundred queries at a time, in 0.5 to 0.9 of its time. Not in float32
-on a Zen 4, which halves such vectors: it would take 1.2 there, and 1.7 on a Zen 3, whose vectors have 256 bits.
+(winograd.py), in 0.35 to 0.9 of the time. On CPUs with vectors of 512 bits products are oneDNN's: in float32 torch
+takes MKL, which uses half of such a vector on one that isn't Intel's (a core of a Zen 5 reaches 105 GFLOP/s by it, 245
+by oneDNN), and oneDNN gates a product before it writes it. And attention is made of products, a few hundred queries at
+a time, in 0.5 to 0.9 of its time. Not in float32 on a Zen 4, which halves such vectors: it would take 1.2 there, and
+1.7 on a Zen 3, whose vectors have 256 bits.
 
 Sums run in another order then: a pass of Stable Diffusion 1.5 differs by a few 1e-6 of its largest number in float32.
 In bfloat16 it is off by 1.8 % (root mean square), and by 1.5 % without; attention, whose scores are rounded too, errs
@@ -43,16 +44,18 @@ SLOW = {
     for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
     if ONEDNN and not getattr(torch.ops.mkldnn, name, lambda: True)()
 }
+MULTIPLIED = {torch.float32, torch.bfloat16} - SLOW  # by oneDNN
 
 
 def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int = 0) -> bool:
-    """Whether only the values of what is computed from `tensors` are asked for: they are of one of `dtypes`, on the
-    CPU, torch's own kind (not quantised, fake or batched), and nobody wants gradients or follows the operations. The
-    first one must have `least` numbers."""
+    """Whether only the values of what is computed from `tensors` are asked for: all are of one of `dtypes`, on the CPU,
+    torch's own kind (not quantised, fake or batched), and nobody wants gradients or follows the operations. The first
+    one must have `least` numbers."""
     followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not (followed or tensors[0].numel() < least or torch.is_autocast_enabled("cpu")) and all(
         type(x) in (Tensor, nn.Parameter)
         and x.dtype in dtypes
+        and x.dtype == tensors[0].dtype
         and x.device.type == "cpu"
         and x.layout == torch.strided
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -62,9 +65,14 @@ def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int =
     )
 
 
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN multiplies them. Wrong inputs go torch's way, which says what is wrong."""
+    return x.shape[-1:] == weight.shape[1:] and drawing(MULTIPLIED, x, weight, bias, least=LARGE)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias by oneDNN: (..., n) and (m, n) -> (..., m)."""
-    if drawing((torch.float32,), x, weight, bias, least=LARGE):
+    if by_onednn(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -95,6 +103,17 @@ class Linear(Prepared, nn.Linear):
         return through_float32(product if self.quick else F.linear, x, self.weight, self.bias)
 
 
+def gated(layer: nn.Linear, x: Tensor) -> Tensor:
+    """a gelu(b), where a and b are the halves of layer(x), which has a bias: (..., n) -> (..., m / 2). With erf."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if type(layer) is Linear and layer.quick and not hooked and by_onednn(x, layer.weight, layer.bias):
+        (W, V), (b, c) = layer.weight.chunk(2), layer.bias.chunk(2)
+        gate = torch.ops.mkldnn._linear_pointwise(x, V, c, "gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, gate, W, b, "mul")
+    a, b = layer(x).chunk(2, dim=-1)
+    return a * F.gelu(b)
+
+
 class Conv2d(Prepared, nn.Conv2d):
     kernels: tuple[Any, Tensor, Tensor] | None = None  # which weight, the weight, and what winograd.py makes of it
 
@@ -109,7 +128,7 @@ class Conv2d(Prepared, nn.Conv2d):
     def _large(self, x: Tensor) -> bool:
         """Whether the way by Winograd is quicker. Wrong inputs go torch's way, which says what is wrong."""
         W = self.weight
-        fits = x.ndim == 4 and x.shape[1] == W.shape[1] and x.dtype == W.dtype and not W.is_inference()
+        fits = x.ndim == 4 and x.shape[1] == W.shape[1] and not W.is_inference()
         return fits and x.numel() * W.shape[0] >= PRODUCTS
 
     def prepare(self) -> None:

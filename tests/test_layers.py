@@ -41,7 +41,7 @@ class Called(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def by_onednn(self) -> bool:
-        return "mkldnn::_linear_pointwise" in self.names
+        return any("_linear_pointwise" in name for name in self.names)
 
 
 def far(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -139,6 +139,48 @@ def test_torch_s_ways_to_call_a_layer(kind, way, monkeypatch):
     layer, x = (kind(8, 4), random(3, 8)) if kind is layers.Linear else (kind(8, 4, 3, padding=1), random(2, 8, 5, 5))
     layers.prepare(layer)
     assert torch.allclose(way(layer, x), type(layer).__mro__[2].forward(layer, x), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated(dtype, monkeypatch):
+    """In bfloat16 it is rounded once less than by torch."""
+    monkeypatch.setattr(layers, "MULTIPLIED", {torch.float32, torch.bfloat16})
+    layer, x = layers.Linear(96, 256).to(dtype), random(2, 130, 96, dtype=dtype)
+    plain = layers.gated(layer, x)
+    a, gate = F.linear(x.double(), layer.weight.double(), layer.bias.double()).chunk(2, dim=-1)
+    exact = a * F.gelu(gate)
+    with Called() as called:
+        ours = layers.gated(prepared(layer), x)
+    assert called.by_onednn() and "aten::gelu" not in called.names and ours.dtype == dtype
+    of_ours, of_plain = ((y - exact).square().mean().sqrt() for y in (ours, plain))
+    assert (
+        of_ours <= (3 if dtype == torch.float32 else 1) * of_plain
+        and far(ours, exact) <= {4: 1e-6, 2: 1e-2}[dtype.itemsize]
+    )
+
+
+@torch.no_grad()
+def test_gated_layers_that_are_hooked_or_adapted_are_called():
+    layer, x = prepared(layers.Linear(96, 256)), random(2, 130, 96)
+    quick, seen = layers.gated(layer, x), []
+    handle = layer.register_forward_hook(lambda layer, inputs, y: seen.append(y.shape))
+    assert torch.allclose(layers.gated(layer, x), quick, atol=1e-5) and seen == [(2, 130, 256)]
+    handle.remove()
+    layer.register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
+    assert not torch.allclose(layers.gated(layer, x), quick, atol=1e-5)
+
+
+@torch.no_grad()
+def test_wrong_inputs_of_linear_layers_are_told_as_by_torch():
+    layer = layers.Linear(64, 32)
+    for x in (random(300, 65), random(300, 64).bfloat16(), torch.tensor(1.0).expand(layers.LARGE)[0]):
+        with pytest.raises(RuntimeError) as plain:
+            layer(x)
+        for call in (prepared(copy.deepcopy(layer)), lambda x: layers.gated(prepared(copy.deepcopy(layer)), x)):
+            with pytest.raises(RuntimeError) as quick:
+                call(x)
+            assert str(quick.value) == str(plain.value)
 
 
 def test_is_torch_s_own_on_the_meta_device():

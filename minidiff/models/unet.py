@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from weights_compat.unet import UNET_2D_CONDITION
 
-from ..layers import Conv2d, Linear, Prepared, attention
+from ..layers import Conv2d, Linear, Prepared, attention, gated
 from ..loading.config import MAX_LEVELS, Config, Depth, Share, Width
 from ..loading.model import Model
 from ..loading.single_file import OneFile
@@ -185,8 +185,7 @@ class FeedForward(nn.Module):
         self.proj_out = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(x * F.gelu(gate))  # the exact GELU, with erf
+        return self.proj_out(gated(self.proj_in, x))
 
 
 class TransformerBlock(nn.Module):
