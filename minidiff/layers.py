@@ -34,9 +34,10 @@ KEYS = 128  # from which on attention in parts is quicker
 CHANNELS, PRODUCTS = 256, 2**26  # in and out of a convolution, and of all its channels and places: from there on too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the quicker ways are for
 
-# That attention in parts is for. AMD's CPUs that don't halve vectors of 512 bits are known by AVX-VNNI
-WHOLE = WIDE and getattr(torch.cpu, "get_capabilities", dict)().get("avx_vnni", False)
-PARTS = DTYPES if WHOLE else DTYPES[1:]
+# That attention in parts is for. A Zen 4 is known by the bfloat16 that Intel's older CPUs haven't, without the AVX-VNNI
+# of the younger ones and of the Zen 5
+HAS = getattr(torch.cpu, "get_capabilities", dict)()
+PARTS = DTYPES[1:] if HAS.get("avx512_bf16") and not HAS.get("avx_vnni") else DTYPES
 
 # What the CPU has no products of
 SLOW = {
@@ -67,7 +68,7 @@ def drawing(dtypes: Iterable[torch.dtype], *tensors: Tensor | None, least: int =
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN multiplies them. Wrong inputs go torch's way, which says what is wrong."""
-    return x.shape[-1:] == weight.shape[1:] and drawing(MULTIPLIED, x, weight, bias, least=LARGE)
+    return drawing(MULTIPLIED, x, weight, bias, least=LARGE) and x.shape[-1:] == weight.shape[1:]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,8 +106,8 @@ class Linear(Prepared, nn.Linear):
 
 def gated(layer: nn.Linear, x: Tensor) -> Tensor:
     """a gelu(b), where a and b are the halves of layer(x), which has a bias: (..., n) -> (..., m / 2). With erf."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    if type(layer) is Linear and layer.quick and not hooked and by_onednn(x, layer.weight, layer.bias):
+    changed = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    if type(layer) is Linear and layer.quick and not changed and by_onednn(x, layer.weight, layer.bias):
         (W, V), (b, c) = layer.weight.chunk(2), layer.bias.chunk(2)
         gate = torch.ops.mkldnn._linear_pointwise(x, V, c, "gelu", [], "none")
         return torch.ops.mkldnn._linear_pointwise.binary(x, gate, W, b, "mul")

@@ -155,7 +155,11 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(name, tiny_mo
     model = tiny_models[name].train()
     inputs = arguments(model)
     calls = []
-    blocks = {"AutoencoderKL": lambda: model.decoder.up, "CLIPTextModel": lambda: model.layers}
+
+    def vae_blocks():
+        return [*model.decoder.up, *(level.resample for level in model.decoder.up[:-1])]
+
+    blocks = {"AutoencoderKL": vae_blocks, "CLIPTextModel": lambda: model.layers}
     for block in blocks.get(name, lambda: model.up)():
         block.register_forward_pre_hook(lambda module, args: calls.append(module))
     assert not model.is_gradient_checkpointing

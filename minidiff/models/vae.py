@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = through(level, x)
-            x = level.resample(x)
+            x = through(level.resample, x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
 
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in self.up:
             x = through(level, x)
-            x = level.resample(x)
+            x = through(level.resample, x)
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
 
