@@ -80,7 +80,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """That of the quicker ways' products. (float16 is too narrow for what Winograd adds up.)"""
-    return torch.bfloat16 if dtype == torch.bfloat16 and dtype not in SLOW else torch.float32
+    return dtype if dtype in MULTIPLIED else torch.float32
 
 
 def through_float32(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
