@@ -1,6 +1,7 @@
 """`python -m weights_compat.bench` measures both sides in processes of their own, and says what it was given wrong."""
 
 import json
+import mmap
 import re
 
 import pytest
@@ -98,9 +99,14 @@ def test_memory_is_what_a_call_takes_at_once():
     """Of 64 MB that go and 32 MB that stay; Linux counts resident pages, not to the last one."""
     kept = []
 
+    def written(size: int) -> mmap.mmap:  # malloc might give what it kept of calls before
+        memory = mmap.mmap(-1, size)
+        memory[:: mmap.PAGESIZE] = bytes(len(range(0, size, mmap.PAGESIZE)))
+        return memory
+
     def call():
-        torch.ones(16_000_000)
-        kept.append(torch.ones(8_000_000))
+        written(64_000_000).close()
+        kept.append(written(32_000_000))
 
     watch = bench.Watch("cpu")
     for loads, expected in {False: 32, True: 64}.items():
